@@ -1,0 +1,103 @@
+"""Options of the scripts: a typed dataclass, filled from a YAML recipe and from flags."""
+
+import difflib
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class JsonDict(dict):
+    """A dataclass field written as JSON on the command line and as a mapping in a recipe."""
+
+    def __init__(self, value=()):
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, (str, int, float, list)):
+            raise ValueError(f"expected a JSON object, not {value!r}")
+        super().__init__(value or ())
+
+
+def parse_options(options_class, argv=None):
+    """Fill `options_class` from `--config recipe.yaml` and flags; flags win, and mappings are merged key by key.
+
+    Exits with status 2 and one line on stderr that names the flag, for anything that is not allowed.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = HfArgumentParser(options_class, allow_abbrev=False)
+    parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
+    try:
+        recipe = load_recipe(config_flag(argv), {field.name for field in fields(options_class)})
+        recipe_options = vars(parser.parse_args(recipe_to_flags(recipe)))
+        parser.set_defaults(**recipe_options)
+        values = vars(parser.parse_args(argv))
+        for name, value in recipe_options.items():
+            if isinstance(value, JsonDict):
+                values[name] = JsonDict({**value, **values[name]})
+        return options_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def config_flag(argv):
+    """The value of `--config`, wherever it stands among the flags; None without one."""
+    for flag, value in zip(argv, argv[1:] + [None], strict=True):
+        if flag == "--config":
+            return value
+        if flag.startswith("--config="):
+            return flag.partition("=")[2]
+    return None
+
+
+def load_recipe(path, allowed):
+    """Read a recipe over every `base.yaml` in its folder and the folders above, the nearest last.
+
+    Raises:
+        ValueError: the file is absent, not a mapping, or names an option that is not among `allowed`.
+    """
+    if path is None:
+        return {}
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    bases = [folder / "base.yaml" for folder in reversed(path.parents)]
+    recipe = {}
+    for file in [*(base for base in bases if base.is_file() and base != path), path]:
+        for name, value in read_yaml_mapping(file).items():
+            if name not in allowed or name == "config":
+                close = difflib.get_close_matches(str(name), allowed, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{file}: there is no option {name!r}{hint}")
+            if isinstance(value, dict) and isinstance(recipe.get(name), dict):
+                value = {**recipe[name], **value}
+            recipe[name] = value
+    return recipe
+
+
+def read_yaml_mapping(file):
+    """The mapping in a YAML file, {} where it is empty."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, (dict, type(None))):
+        raise ValueError(f"{file} must be a mapping of option names to values")
+    return content or {}
+
+
+def recipe_to_flags(recipe):
+    """A recipe as command-line flags, so that its values pass the same checks. null means the option's default."""
+    flags = []
+    for name, value in recipe.items():
+        if value is not None:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    return flags
+
+
+def save_options(options, path):
+    """Write resolved options as a recipe that repeats them."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
+    values.pop("config", None)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))

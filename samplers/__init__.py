@@ -1,0 +1,94 @@
+"""Which timesteps to train on, and how much each one counts.
+
+A method is a pair: a timestep sampler (the density p_t) and a loss weighting (the objective c_t).
+
+    sampler = make_timestep_sampler(noise_scheduler, "adaptive", device=device)
+    timesteps, weights = sampler.sample(batch_size)
+    ...                                             # loss: [batch_size], |eps - eps_theta|^2, mean over pixels
+    sampler.update(timesteps, loss.detach())
+    (weights * loss).mean().backward()
+"""
+
+from . import weightings
+from .adaptive import AdaptiveSampler
+from .base import TimestepBatch, TimestepSampler, fold_seed
+from .log_normal import LogNormalSampler
+from .schedule import NoiseSchedule
+from .speed import SpeeDSampler
+from .uniform import UniformSampler
+from .weightings import epsilon_loss_scale
+
+TIMESTEP_SAMPLERS = {
+    "uniform": UniformSampler,
+    "speed": SpeeDSampler,
+    "log_normal": LogNormalSampler,
+    "adaptive": AdaptiveSampler,
+}
+
+LOSS_WEIGHTINGS = {
+    name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell")
+}
+
+METHODS = {  # name: (timestep sampler, loss weighting), as published
+    "ddpm": ("uniform", "none"),
+    "min_snr": ("uniform", "min_snr"),
+    "p2": ("uniform", "p2"),
+    "speed": ("speed", "change_aware"),
+    "edm": ("log_normal", "edm"),
+    "adaptive": ("adaptive", "bell"),
+}
+
+__all__ = [
+    "LOSS_WEIGHTINGS",
+    "METHODS",
+    "TIMESTEP_SAMPLERS",
+    "AdaptiveSampler",
+    "LogNormalSampler",
+    "NoiseSchedule",
+    "SpeeDSampler",
+    "TimestepBatch",
+    "TimestepSampler",
+    "UniformSampler",
+    "epsilon_loss_scale",
+    "fold_seed",
+    "make_timestep_sampler",
+]
+
+
+def make_timestep_sampler(
+    noise_scheduler, method="adaptive", *, timestep_sampler=None, loss_weighting=None, device="cpu", **options
+):
+    """Build a method's sampler for a diffusers noise scheduler.
+
+    Args:
+        noise_scheduler: a diffusers scheduler with `alphas_cumprod`, or a `NoiseSchedule`.
+        method: a key of `METHODS`.
+        timestep_sampler: a key of `TIMESTEP_SAMPLERS`, in place of the method's.
+        loss_weighting: a key of `LOSS_WEIGHTINGS`, in place of the method's.
+        device: where to draw; the training device.
+        options: of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
+
+    Raises:
+        ValueError: an unknown name, or a method that this noise schedule does not allow.
+    """
+    default_sampler, default_weighting = _lookup(METHODS, "method", method)
+    sampler_name = timestep_sampler or default_sampler
+    weighting_name = loss_weighting or default_weighting
+    sampler_class = _lookup(TIMESTEP_SAMPLERS, "timestep_sampler", sampler_name)
+    weighting = _lookup(LOSS_WEIGHTINGS, "loss_weighting", weighting_name)
+    if not isinstance(noise_scheduler, NoiseSchedule):
+        noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
+    loss_weights = weighting(noise_scheduler)
+    if not (loss_weights.isfinite().all() and (loss_weights > 0).any() and (loss_weights >= 0).all()):
+        bad = int((~(loss_weights.isfinite() & (loss_weights >= 0))).nonzero()[0])
+        raise ValueError(
+            f"loss_weighting {weighting_name!r} cannot be used with this noise schedule: at timestep {bad} the weight "
+            f"is {float(loss_weights[bad])} (abar = {float(noise_scheduler.alphas_cumprod[bad]):.3g})"
+        )
+    return sampler_class(noise_scheduler, loss_weights, device=device, **options)
+
+
+def _lookup(registry, kind, name):
+    if name not in registry:
+        raise ValueError(f"{kind} must be one of {', '.join(registry)}, not {name!r}")
+    return registry[name]

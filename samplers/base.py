@@ -1,0 +1,142 @@
+"""What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .schedule import NoiseSchedule
+
+
+class TimestepBatch(NamedTuple):
+    """Timesteps for one batch, and the factor on each example's epsilon-loss."""
+
+    timesteps: torch.Tensor  # [B] int64 in [0, T)
+    weights: torch.Tensor  # [B] float32
+
+
+class TimestepSampler:
+    """Draws t ~ p_t and weighs each example by w_t. Only p_t * w_t decides the objective that is trained.
+
+    A subclass states its density. If it is an importance sampler (`corrects_for_density`), then w_t is the loss
+    weighting divided by T * p_t, so that the objective stays that of the weighting whatever p_t is; otherwise w_t is
+    the weighting itself and the density changes the objective, as in the papers that propose one.
+
+    Draws are low-discrepancy by default, as in VDM (arXiv 2107.00630, appendix I.1): one uniform offset a batch and n
+    equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
+    ranks make the same n = B * world_size draws and each takes its own share.
+
+    Args:
+        schedule: the noise schedule.
+        loss_weights: [T] the loss weighting on the epsilon-loss; ones by default.
+        low_discrepancy: False for independent draws.
+        seed: of the draws; the same on all ranks.
+        device: where draws are made and tables live.
+    """
+
+    corrects_for_density = False
+    state_names = ()  # tensors and numbers that a subclass learns: saved, and restored by `load_state_dict`
+
+    def __init__(self, schedule: NoiseSchedule, loss_weights=None, *, low_discrepancy=True, seed=0, device="cpu"):
+        self.num_train_timesteps = T = schedule.num_train_timesteps
+        self.device = torch.device(device)
+        self.low_discrepancy = low_discrepancy
+        self.seed = seed
+        self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
+        self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
+        self.probabilities = self._table(torch.full((T,), 1 / T))
+        self._generator = torch.Generator(self.device)
+        self._set_density(self.initial_density(schedule))
+
+    def initial_density(self, schedule):
+        """[T] the density to begin with; need not be normalised."""
+        return torch.ones(schedule.num_train_timesteps)
+
+    @property
+    def weights(self):
+        """[T] w_t, the factor on the epsilon-loss of an example at t."""
+        if not self.corrects_for_density:
+            return self.loss_weights
+        return self.loss_weights / (self.num_train_timesteps * self.probabilities)
+
+    @torch.no_grad()
+    def sample(self, batch_size, generator=None):
+        """Draw a batch: timesteps [B] int64 in [0, T) and weights [B] float32, on `device`.
+
+        Args:
+            batch_size: B, of this process.
+            generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
+        """
+        rank, world_size = _rank_and_world_size()
+        if generator is None:
+            # Sequential seeds, because a CPU generator reads the low 32 bits of its seed only.
+            generator = self._generator.manual_seed(fold_seed(self.seed, self.num_draws))
+        self.num_draws += 1
+        drawn = self._draw(batch_size * world_size, generator)
+        order = torch.rand(len(drawn), generator=generator, device=self.device).argsort()
+        timesteps = drawn[order[: batch_size * world_size][rank::world_size]]
+        return TimestepBatch(timesteps, self._weights[timesteps])
+
+    def update(self, timesteps, losses):
+        """Learn from a step. timesteps: [B] as drawn; losses: [B] unweighted epsilon-losses, detached."""
+
+    def state_dict(self):
+        """Everything that the next draws depend on."""
+        state = {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
+        for name in ("seed", "num_draws", "probabilities", *self.state_names):
+            value = getattr(self, name)
+            state[name] = value.cpu().clone() if torch.is_tensor(value) else value
+        return state
+
+    def load_state_dict(self, state):
+        """Go on as the sampler that was saved would have.
+
+        Raises:
+            ValueError: the state is of another kind of sampler or another number of timesteps.
+        """
+        for name, own in (("sampler", type(self).__name__), ("num_train_timesteps", self.num_train_timesteps)):
+            if state.get(name) != own:
+                raise ValueError(f"cannot load this timestep sampler state: its {name} is {state.get(name)}, not {own}")
+        for name in ("seed", "num_draws", *self.state_names):
+            value = state[name]
+            setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
+        self._restore_density(state["probabilities"])
+
+    def _restore_density(self, probabilities):
+        self.probabilities = self._table(probabilities)  # already normalised: again would change the last bits
+        self._draw_from(self.probabilities)
+
+    def _set_density(self, density):
+        """Draw from `density` [T] from now on, normalised."""
+        density = self._table(density)
+        self.probabilities = density / density.sum()
+        self._draw_from(self.probabilities)
+
+    def _draw_from(self, probabilities):
+        cdf = probabilities.cumsum(0)
+        self._cdf = cdf / cdf[-1]
+        self._weights = self.weights
+
+    def _draw(self, num_draws, generator):
+        """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF."""
+        if self.low_discrepancy:
+            offset = torch.rand(1, generator=generator, device=self.device)
+            points = (torch.arange(num_draws, device=self.device) + offset) / num_draws
+        else:
+            points = torch.rand(num_draws, generator=generator, device=self.device)
+        return torch.searchsorted(self._cdf, points, right=True).clamp_(max=self.num_train_timesteps - 1)
+
+    def _table(self, values):
+        return torch.as_tensor(values).to(self.device, torch.float32)
+
+
+def fold_seed(seed, counter):
+    """A seed for event number `counter` of the run: distinct counters never collide within a run, and the streams of
+    nearby run seeds lie far apart (Knuth's multiplicative hash)."""
+    return (seed * 2654435761 + counter) % 2**32
+
+
+def _rank_and_world_size():
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,30 @@
+"""EDM (Karras et al. 2022, arXiv 2206.00364, table 1): noise levels from a log-normal distribution."""
+
+import torch
+
+from .base import TimestepSampler
+
+
+class LogNormalSampler(TimestepSampler):
+    """log sigma ~ N(p_mean, p_std^2), carried to the discrete schedule and truncated to its range.
+
+    p_t is the normal's mass between the midpoints to the neighbouring timesteps' log sigma. A floor of 1e-9 / T
+    keeps every p_t positive; a larger one, under the weighting `edm` (up to 1e9 at the noisy end), would be felt.
+    The density changes the objective: w_t is the loss weighting alone (EDM's is `edm`).
+
+    Args:
+        p_mean, p_std: of log sigma, where sigma = sqrt((1 - abar) / abar) and images lie in [-1, 1].
+    """
+
+    def __init__(self, schedule, loss_weights=None, *, p_mean=-1.2, p_std=1.2, floor=1e-9, **options):
+        self.p_mean, self.p_std, self.floor = p_mean, p_std, floor
+        super().__init__(schedule, loss_weights, **options)
+
+    def initial_density(self, schedule):
+        log_sigma = schedule.sigma.log()
+        midpoints = (log_sigma[1:] + log_sigma[:-1]) / 2
+        first = log_sigma[:1] - (midpoints[:1] - log_sigma[:1])
+        last = 2 * log_sigma[-1:] - midpoints[-1:] if log_sigma[-1].isfinite() else log_sigma[-1:]
+        edges = torch.cat([first, midpoints, last])
+        mass = torch.special.ndtr((edges - self.p_mean) / self.p_std).diff()
+        return mass / mass.sum() + self.floor / schedule.num_train_timesteps

@@ -1,0 +1,72 @@
+"""Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2.
+
+Each function takes a `NoiseSchedule` and returns [T] float64. A weighting is an objective: what the model should be
+good at. Weights for v- or x_0-prediction are the same ones, on the loss that `epsilon_loss_scale` converts.
+"""
+
+import torch
+
+from .speed import convergence_boundary
+
+
+def none(schedule):
+    """c_t = 1: DDPM's simple loss (arXiv 2006.11239, eq. 14)."""
+    return torch.ones_like(schedule.alphas_cumprod)
+
+
+def min_snr(schedule, gamma=5.0):
+    """c_t = min(snr_t, gamma) / snr_t: Min-SNR-gamma (arXiv 2303.09556, eq. 8, for eps-prediction)."""
+    return (gamma / schedule.snr).clamp(max=1.0)
+
+
+def p2(schedule, k=1.0, gamma=1.0):
+    """c_t = 1 / (k + snr_t)^gamma: perception prioritized (arXiv 2204.00227, eq. 8)."""
+    return (k + schedule.snr) ** -gamma
+
+
+def change_aware(schedule, ceiling=0.6):
+    """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
+    from [min, max] to [1 - ceiling, ceiling] below the boundary tau; 1 above it."""
+    tau = convergence_boundary(schedule)
+    change = -schedule.alphas_cumprod_slope
+    low, high = change[:tau].min(), change[:tau].max()
+    weights = torch.ones_like(change)
+    weights[:tau] = (1 - ceiling) + (2 * ceiling - 1) * (change[:tau] - low) / (high - low)
+    return weights
+
+
+def edm(schedule, sigma_data=0.5):
+    """c_t = 1 + (sigma_t / sigma_data)^2: EDM's (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2 on the loss of the
+    denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss."""
+    return 1 + (schedule.sigma / sigma_data) ** 2
+
+
+def bell(schedule, k=2.0):
+    """A bell in log-SNR: mass (sigma / (1 + sigma^2))^k per unit of log sigma, mean 1.
+
+    Per timestep that is c_t ∝ |d log sigma_t / dt| (sigma_t / (1 + sigma_t^2))^k
+                            = -1/2 abar'_t (abar_t (1 - abar_t))^(k/2 - 1),
+    since sigma / (1 + sigma^2) = sqrt(abar (1 - abar)). For k = 2 it is the rate at which signal turns into noise,
+    c_t ∝ -d abar_t / dt; for k = 1 it is uniform in the angle arccos(sqrt(abar)).
+    """
+    spread = schedule.alphas_cumprod * (1 - schedule.alphas_cumprod)
+    mass = -schedule.alphas_cumprod_slope * spread ** (k / 2 - 1)
+    return mass / mass.mean()
+
+
+def epsilon_loss_scale(schedule, prediction_type):
+    """[T] the factor that turns the mean squared error of a network's prediction into its epsilon-loss.
+
+    With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0.
+
+    Raises:
+        ValueError: `prediction_type` is not epsilon, v_prediction or sample.
+    """
+    scales = {
+        "epsilon": torch.ones_like(schedule.alphas_cumprod),
+        "v_prediction": schedule.alphas_cumprod,
+        "sample": schedule.snr,
+    }
+    if prediction_type not in scales:
+        raise ValueError(f"prediction_type must be one of {', '.join(scales)}, not {prediction_type!r}")
+    return scales[prediction_type]
