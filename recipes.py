@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -76,10 +77,19 @@ def load_recipe(path, allowed):
     return recipe
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 2e-4 is a number although it has no dot."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), "-+0123456789"
+)
+
+
 def read_yaml_mapping(file):
     """The mapping in a YAML file, {} where it is empty."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), Loader=RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, (dict, type(None))):

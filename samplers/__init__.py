@@ -25,9 +25,7 @@ TIMESTEP_SAMPLERS = {
     "adaptive": AdaptiveSampler,
 }
 
-LOSS_WEIGHTINGS = {
-    name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell")
-}
+LOSS_WEIGHTINGS = {name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell")}
 
 METHODS = {  # name: (timestep sampler, loss weighting), as published
     "ddpm": ("uniform", "none"),

@@ -69,7 +69,6 @@ class TimestepSampler:
         """
         rank, world_size = _rank_and_world_size()
         if generator is None:
-            # Sequential seeds, because a CPU generator reads the low 32 bits of its seed only.
             generator = self._generator.manual_seed(fold_seed(self.seed, self.num_draws))
         self.num_draws += 1
         drawn = self._draw(batch_size * world_size, generator)
@@ -130,10 +129,10 @@ class TimestepSampler:
         return torch.as_tensor(values).to(self.device, torch.float32)
 
 
-def fold_seed(seed, counter):
-    """A seed for event number `counter` of the run: distinct counters never collide within a run, and the streams of
-    nearby run seeds lie far apart (Knuth's multiplicative hash)."""
-    return (seed * 2654435761 + counter) % 2**32
+def fold_seed(seed, counter, stream=0):
+    """A seed for event number `counter` of a run, in 32 bits, which is all that a CPU generator reads: counters do not
+    collide within a stream, and other streams and run seeds lie far away (Knuth's multiplicative hash)."""
+    return ((seed * 2654435761 + stream) * 2654435761 + counter) % 2**32
 
 
 def _rank_and_world_size():

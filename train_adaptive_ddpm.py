@@ -1,0 +1,408 @@
+"""Train a DDPM on images with an adaptive timestep sampler; the result is a diffusers pipeline.
+
+accelerate launch train_adaptive_ddpm.py --config configs/digits.yaml
+accelerate launch train_adaptive_ddpm.py --config configs/cifar10.yaml --mixed_precision bf16
+"""
+
+import logging
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from transformers.hf_argparser import HfArg
+
+from image_data import normalize, open_images, training_batches
+from pipelines import UnconditionalPipeline, make_grid_image
+from recipes import JsonDict, parse_options, save_options
+from samplers import (
+    LOSS_WEIGHTINGS,
+    METHODS,
+    TIMESTEP_SAMPLERS,
+    NoiseSchedule,
+    epsilon_loss_scale,
+    fold_seed,
+    make_timestep_sampler,
+)
+from training.checkpoints import find_checkpoint, read_process_state, save_checkpoint
+from training.clock import PhaseClock
+from training.metrics import LossMeter, TrainingLog
+from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
+from training.output import OPTIONS_FILE, check_disk_space, claim_output_dir, save_pipeline
+from training.report import create_hub_repository, plot_timestep_density, upload_to_hub, write_model_card
+from training.stopping import NonFiniteGuard, StopCondition
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingOptions:
+    """Named as in diffusers' train_unconditional.py where that has them."""
+
+    config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/.")
+    output_dir: str = HfArg(default="ddpm-model", help="Where the pipeline, samples, logs and checkpoints go.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the results of an earlier run in --output_dir.")
+    seed: int = HfArg(default=0, help="Of initial weights, data order, noise and timesteps.")
+
+    # Data
+    dataset_name: str = HfArg(
+        default="digits",
+        aliases=["--train_data_dir"],
+        help="A Hub data set, a local folder of images or parquet files, or 'digits' (embedded).",
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The data set's configuration, if it has several.")
+    image_column: str | None = HfArg(default=None, help="Needed only if the data set has several image columns.")
+    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
+    resolution: int | None = HfArg(default=None, help="Images are resized and cropped to it; default: their own size.")
+    image_mode: Literal["auto", "RGB", "L"] = HfArg(default="auto", help="auto: grey (L) if all images are.")
+    random_flip: bool = HfArg(default=False, help="Mirror half of the images, at random.")
+    on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
+    data_placement: Literal["auto", "device", "memory", "stream"] = HfArg(
+        default="auto", help="Decoded once onto the device or into memory, or decoded by workers as needed."
+    )
+    dataloader_num_workers: int = HfArg(default=0, help="Processes that decode a streamed data set.")
+
+    # Model and noise
+    model_config_name_or_path: str | None = HfArg(default=None, help="A UNet2DModel's config; default: DDPM's.")
+    unet: JsonDict = field(default_factory=JsonDict, metadata={"help": "UNet2DModel settings, JSON; over the default."})
+    noise_scheduler: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(default="epsilon", help="Network's output.")
+    ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
+    ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
+
+    # Method
+    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="A named pair of the two below.")
+    timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
+    loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
+    low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
+
+    # Budget: the first that is spent ends the run
+    max_train_steps: int | None = HfArg(default=None, help="Updates.")
+    num_epochs: int | None = HfArg(default=None, help="Passes over the data; 100 if no budget is given at all.")
+    max_train_seconds: float | None = HfArg(default=None, help="Wall-clock time of training proper.")
+
+    # Optimisation
+    train_batch_size: int = HfArg(default=16, help="Per process and accumulation step.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches per update.")
+    learning_rate: float = HfArg(default=1e-4, help="After warm-up.")
+    lr_scheduler: Literal[
+        "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = HfArg(default="constant_with_warmup", help="All but the constant ones need the number of steps.")
+    lr_warmup_steps: int = HfArg(default=500, help="Updates of linear warm-up.")
+    adam_beta1: float = HfArg(default=0.95, help="AdamW.")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW.")
+    adam_weight_decay: float = HfArg(default=1e-6, help="AdamW.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf for no clipping.")
+    max_nonfinite_steps: int = HfArg(default=50, help="Non-finite updates in a row at which to give up.")
+    use_ema: bool = HfArg(default=True, help="Save an exponential moving average of the weights.")
+    ema_inv_gamma: float = HfArg(default=1.0, help="EMA decay is 1 - (1 + step / inv_gamma)^-power, ...")
+    ema_power: float = HfArg(default=0.75, help="... ")
+    ema_max_decay: float = HfArg(default=0.9999, help="... up to this.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = HfArg(default=None, help="Default: accelerate's setting.")
+    compile: bool = HfArg(default=False, help="torch.compile the network; compiled before the clock starts.")
+
+    # Logs, samples, checkpoints
+    logger: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="Beside metrics.jsonl.")
+    logging_dir: str = HfArg(default="logs", help="Under --output_dir.")
+    logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
+    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid.")
+    ddpm_num_inference_steps: int = HfArg(default=1000, help="Denoising steps for the sample grids.")
+    save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
+    save_model_epochs: int | None = HfArg(default=None, help="Epochs between two saves of the pipeline.")
+    checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
+    checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's path.")
+
+    # Hub
+    push_to_hub: bool = HfArg(default=False, help="Upload the results at the end.")
+    hub_model_id: str | None = HfArg(default=None, help="Default: the name of --output_dir.")
+    hub_token: str | None = HfArg(default=None, help="Default: the one you are logged in with.")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+
+    def __post_init__(self):
+        positive = """resolution train_batch_size gradient_accumulation_steps learning_rate adam_epsilon max_grad_norm
+            max_train_steps num_epochs max_train_seconds max_nonfinite_steps ema_inv_gamma ema_power logging_steps
+            eval_batch_size ddpm_num_inference_steps save_images_epochs save_model_epochs checkpoints_total_limit"""
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value}: must be greater than 0")
+        for name in ("lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
+        if self.ddpm_num_steps < 2:
+            raise ValueError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be at least 2")
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise ValueError(
+                f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must not exceed --ddpm_num_steps "
+                f"({self.ddpm_num_steps})"
+            )
+        for name, registry in (("timestep_sampler", TIMESTEP_SAMPLERS), ("loss_weighting", LOSS_WEIGHTINGS)):
+            default = METHODS[self.method][0 if name == "timestep_sampler" else 1]
+            setattr(self, name, getattr(self, name) or default)
+            if getattr(self, name) not in registry:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
+        if not (self.max_train_steps or self.num_epochs or self.max_train_seconds):
+            self.num_epochs = 100
+        if not self.lr_scheduler.startswith("constant") and not (self.max_train_steps or self.num_epochs):
+            raise ValueError(f"--lr_scheduler {self.lr_scheduler}: needs --max_train_steps or --num_epochs")
+
+
+def main(options):
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        mixed_precision=options.mixed_precision,
+        log_with=None if options.logger == "none" else options.logger,
+        project_config=ProjectConfiguration(
+            options.output_dir, logging_dir=f"{options.output_dir}/{options.logging_dir}"
+        ),
+    )
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    clock = PhaseClock(device)
+    logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    torch.backends.cudnn.benchmark = True
+    set_seed(options.seed)
+
+    # Output: claimed before anything expensive begins
+    output_dir = Path(options.output_dir)
+    if accelerator.is_main_process:
+        claim_output_dir(options)
+    accelerator.wait_for_everyone()
+    checkpoint, state = None, {"step": 0, "images": 0, "seconds": None}
+    if options.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, logger.warning)
+    if checkpoint:
+        state = read_process_state(checkpoint, rank)
+        clock = PhaseClock(device, state["seconds"])
+    step, images_seen = state["step"], state["images"]
+    hub_repository = create_hub_repository(options) if options.push_to_hub and accelerator.is_main_process else None
+
+    # Data
+    with accelerator.local_main_process_first():
+        dataset = open_images(
+            options.dataset_name,
+            dataset_config_name=options.dataset_config_name,
+            cache_dir=options.cache_dir,
+            image_column=options.image_column,
+            resolution=options.resolution,
+            image_mode=options.image_mode,
+            on_bad_image=options.on_bad_image,
+        )
+    options.resolution = dataset.resolution
+
+    # Model and noise
+    noise_scheduler = build_noise_scheduler(options)
+    schedule = NoiseSchedule.from_scheduler(noise_scheduler)
+    epsilon_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
+    unet = build_unet(options, dataset.channels, dataset.resolution)
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+
+    # Timesteps: which to train on, and how much each example counts
+    sampler = make_timestep_sampler(
+        schedule,
+        timestep_sampler=options.timestep_sampler,
+        loss_weighting=options.loss_weighting,
+        low_discrepancy=options.low_discrepancy,
+        seed=options.seed,
+        device=device,
+    )
+
+    if accelerator.is_main_process:
+        check_disk_space(options, num_parameters)
+        save_options(options, output_dir / OPTIONS_FILE)
+
+    # Batches: all processes together see what one process would with the whole batch
+    images_per_process = options.train_batch_size * options.gradient_accumulation_steps
+    images_per_step = images_per_process * world_size
+    batches = training_batches(
+        dataset,
+        images_per_process,
+        seed=options.seed,
+        first_image=images_seen,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        placement=options.data_placement,
+        num_workers=options.dataloader_num_workers,
+        show_progress=accelerator.is_local_main_process,
+    )
+    max_steps = total_steps(options, batches.num_images / images_per_step)
+
+    # Optimiser, learning rate, average
+    optimizer = torch.optim.AdamW(
+        unet.to(device).parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, max_steps)
+    if options.compile:
+        unet.compile()
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = EMAModel(
+        unet.parameters(),
+        decay=options.ema_max_decay if options.use_ema else 0.0,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+        foreach=True,
+    )
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+
+    meter = LossMeter(schedule.num_train_timesteps, device)
+    guard = NonFiniteGuard(optimizer.optimizer, device, accelerator.scaler is not None, options.max_nonfinite_steps)
+    generator = torch.Generator(device)  # of flips and noise; seeded anew each step, alike on all processes
+    torch.manual_seed(fold_seed(options.seed, rank, stream=2))  # of dropout, which differs by process
+    stateful = {"sampler": sampler, "meter": meter, "guard": guard}  # a part on each process
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        ema.to(device)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        accelerator.print(f"resumed from {checkpoint}")
+
+    def save_state():
+        with clock.phase("save"):
+            state = {"step": step, "images": images_seen, "seconds": clock.report()}
+            state |= {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(accelerator, output_dir, step, state, options.checkpoints_total_limit)
+
+    def save_model():
+        with clock.phase("save"):
+            if pipeline := ema_pipeline(accelerator, unet, ema, noise_scheduler):
+                save_pipeline(pipeline, output_dir)
+
+    def save_samples(name):
+        with clock.phase("preview"):
+            if pipeline := ema_pipeline(accelerator, unet, ema, noise_scheduler):
+                pipeline = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(device)
+                pipeline.set_progress_bar_config(desc="sampling", leave=False)
+                images = pipeline.sample(
+                    range(options.eval_batch_size), options.seed, num_inference_steps=options.ddpm_num_inference_steps
+                )
+                log.save_grid(make_grid_image(images.cpu()), f"samples/{name}.png", step)
+            accelerator.wait_for_everyone()
+
+    if options.compile or device.type == "cuda":
+        with clock.phase("warm_up"):
+            image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
+            warm_up(accelerator, unet, image_shape, options.train_batch_size)
+
+    log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
+    stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)
+    unet.train()
+    with clock.phase("train"):
+        while (reason := stop.reason(step)) is None:
+            images = next(batches)
+            drawn = sampler.sample(len(images))
+            generator.manual_seed(fold_seed(options.seed, step, stream=1))
+            for part in range(options.gradient_accumulation_steps):
+                share = slice(part, None, options.gradient_accumulation_steps)
+                timesteps, weights = drawn.timesteps[share], drawn.weights[share]
+                flips, noise = draw_flips_and_noise(images[share], generator, rank, world_size)
+                clean_images = normalize(images[share], flips if options.random_flip else None)
+                with accelerator.accumulate(unet):
+                    losses = epsilon_losses(unet, noise_scheduler, clean_images, noise, timesteps, epsilon_scale)
+                    accelerator.backward((weights * losses).mean())
+                    sampler.update(timesteps, losses.detach())
+                    meter.add_losses(timesteps, losses.detach(), weights)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm)
+                        meter.add_gradient_norm(grad_norm)
+                        guard.observe(grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            lr_scheduler.step()
+            ema.step(unet.parameters())
+            step += 1
+            images_seen += images_per_step
+
+            log.advance(step)
+            if step % options.logging_steps == 0:
+                log.write(step, images_seen, meter, guard, lr_scheduler, sampler)
+            if is_due(options.save_images_epochs, images_seen, images_per_step, batches.num_images):
+                save_samples(f"step-{step:07d}")
+            if is_due(options.save_model_epochs, images_seen, images_per_step, batches.num_images):
+                save_model()
+            if options.checkpointing_steps and step % options.checkpointing_steps == 0:
+                save_state()
+
+    log.close()
+
+    # The end: on a signal, what is needed to go on, and quickly
+    if reason == "signal" or options.checkpointing_steps:
+        save_state()
+    save_model()
+    if reason != "signal":
+        if step % options.logging_steps:
+            log.write(step, images_seen, meter, guard, lr_scheduler, sampler, last=True)
+        save_samples("final")
+    if accelerator.is_main_process:
+        plot_timestep_density(log.path, output_dir / "timestep_density.png", schedule.num_train_timesteps)
+        summary = log.summary(step, images_seen, num_parameters, reason, skipped_images=batches.skipped)
+        write_model_card(options, summary, sampler)
+        print_summary(options, summary)
+    if hub_repository and reason != "signal":
+        upload_to_hub(hub_repository, options)
+    accelerator.end_training()
+
+
+def total_steps(options, steps_per_epoch):
+    """The number of updates that the budget in steps or epochs allows; None where only time is limited."""
+    by_epochs = math.ceil(options.num_epochs * steps_per_epoch) if options.num_epochs else None
+    return min((steps for steps in (options.max_train_steps, by_epochs) if steps), default=None)
+
+
+def draw_flips_and_noise(images, generator, rank, world_size):
+    """This process's share of the step's random numbers: flips [B] bool and noise like `images`, float32.
+
+    All processes draw for all of them, so that a step does not depend on how many processes share it."""
+    num_images, *shape = len(images) * world_size, *images.shape[1:]
+    flips = torch.rand(num_images, generator=generator, device=images.device) < 0.5
+    noise = torch.randn(num_images, *shape, generator=generator, device=images.device)
+    return flips[rank::world_size], noise[rank::world_size]
+
+
+def is_due(epochs, images_seen, images_per_step, num_images):
+    """Whether a multiple of `epochs` passes over the data ended within the last step."""
+    if not epochs:
+        return False
+    return images_seen // (epochs * num_images) > (images_seen - images_per_step) // (epochs * num_images)
+
+
+def print_summary(options, summary):
+    """Where the time went, what there is now, and how to go on."""
+    seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
+    print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
+    print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
+    if summary["stopped_by"] == "signal":
+        print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
+    else:
+        print(f"samples: {options.output_dir}/samples/final.png")
+
+
+def command_line(argv):
+    """The options of a command line; where it names neither recipe nor data, those of the embedded digits' recipe."""
+    names_data = ("--config", "--dataset_name", "--dataset-name", "--train_data_dir")
+    if not any(flag.partition("=")[0] in names_data for flag in argv):
+        argv = ["--config", str(Path(__file__).parent / "configs" / "digits.yaml"), *argv]
+    return parse_options(TrainingOptions, argv)
+
+
+if __name__ == "__main__":
+    main(command_line(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Checkpoints that are either whole or not there."""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+
+MANIFEST = "manifest.json"  # {file: crc32} of everything else in the checkpoint
+
+
+def save_checkpoint(accelerator, output_dir, step, process_state, total_limit=None):
+    """Write `output_dir/checkpoint-{step}`: under a temporary name first, renamed when whole.
+
+    Args:
+        accelerator: saves what was prepared with it or registered for checkpointing, and random states.
+        output_dir: on a file system that all processes share.
+        process_state: what this process alone knows; `read_process_state` returns it.
+        total_limit: checkpoints to keep; older ones are deleted after the new one is in place.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    if final.exists():
+        return
+    partial = Path(output_dir) / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        remove_partial_checkpoints(output_dir)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    torch.save(process_state, partial / _process_file(accelerator.process_index))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / MANIFEST).write_text(json.dumps(_checksums(partial), indent=1))
+        os.replace(partial, final)
+        if total_limit:
+            for _, old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(output_dir, wanted, warn):
+    """The checkpoint to resume from: `wanted` is "latest" or a path. None where there is none yet.
+
+    Args:
+        warn: called with a message for each damaged checkpoint that "latest" passes over.
+
+    Raises:
+        ValueError: a named checkpoint that is absent or damaged, or only damaged ones.
+    """
+    if wanted != "latest":
+        path = Path(wanted)
+        if not path.is_dir() and (Path(output_dir) / wanted).is_dir():
+            path = Path(output_dir) / wanted
+        if damage := checkpoint_damage(path):
+            raise ValueError(f"--resume_from_checkpoint {wanted}: {damage}")
+        return path
+    checkpoints = list_checkpoints(output_dir)
+    for _, path in reversed(checkpoints):
+        damage = checkpoint_damage(path)
+        if not damage:
+            return path
+        warn(f"{path} cannot be read and is passed over: {damage}")
+    if checkpoints:
+        raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} can be read")
+    return None
+
+
+def read_process_state(path, process_index):
+    """What `save_checkpoint` was given as this process's `process_state`.
+
+    With more processes than saved it, the ones beyond take the state of the first."""
+    own = path / _process_file(process_index)
+    return torch.load(own if own.exists() else path / _process_file(0), map_location="cpu", weights_only=True)
+
+
+def list_checkpoints(output_dir):
+    """[(step, path)] of the checkpoints in a folder, oldest first."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*"))
+    return sorted((int(match[1]), Path(output_dir) / match[0]) for match in found if match)
+
+
+def checkpoint_damage(path):
+    """What is wrong with a checkpoint, or None: its files are those of its manifest, bit for bit."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text())
+        actual = _checksums(path)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    for file, checksum in expected.items():
+        if file not in actual:
+            return f"{file} is missing"
+        if actual[file] != checksum:
+            return f"{file} was changed or cut short"
+    return None
+
+
+def remove_partial_checkpoints(output_dir):
+    """Delete what a save that was killed left behind."""
+    for path in Path(output_dir).glob(".checkpoint-*.partial"):
+        shutil.rmtree(path)
+
+
+def _checksums(folder):
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {str(file.relative_to(folder)): _crc32(file) for file in files}
+
+
+def _crc32(file):
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _process_file(process_index):
+    return f"process_state_{process_index}.pt"

@@ -1,0 +1,45 @@
+"""Wall-clock time by phase, so that a training budget counts training alone."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseClock:
+    """Adds up seconds in one phase at a time: `setup` until another begins, then whichever was entered last.
+
+    Args:
+        device: synchronised when a phase ends, so that queued GPU work counts where it belongs.
+        seconds: totals to start from (of the part of the run before a resume).
+    """
+
+    def __init__(self, device=None, seconds=None):
+        self.totals = dict(seconds or {})
+        self._device = torch.device(device or "cpu")
+        self._phase, self._since = "setup", time.perf_counter()
+
+    @contextmanager
+    def phase(self, name):
+        """Count the time inside the block for `name`, then go back to the phase before."""
+        outer = self._phase
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def seconds(self, name):
+        """Seconds spent in a phase so far, without waiting for the device."""
+        running = time.perf_counter() - self._since if name == self._phase else 0.0
+        return self.totals.get(name, 0.0) + running
+
+    def report(self):
+        """{phase: seconds} of all phases, rounded to milliseconds."""
+        return {name: round(self.seconds(name), 3) for name in {**self.totals, self._phase: 0}}
+
+    def _switch(self, name):
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.totals[self._phase] = self.seconds(self._phase)
+        self._phase, self._since = name, time.perf_counter()

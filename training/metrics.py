@@ -1,0 +1,208 @@
+"""What a run measures of itself: losses summed on the device, and the log they are written to."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+NUM_BINS = 20  # of timesteps, in the log
+
+
+class LossMeter:
+    """Running sums of the loss, its gradient's norm, and the loss by timestep bin; on the device until read.
+
+    Args:
+        num_train_timesteps: T.
+        device: of the losses.
+    """
+
+    def __init__(self, num_train_timesteps, device):
+        self.num_bins = min(NUM_BINS, num_train_timesteps)
+        self.bin_of_timestep = bin_of_timestep(num_train_timesteps, self.num_bins).to(device)
+        self.loss = torch.zeros(2, device=device)  # sum of weighted losses, number of examples
+        self.norm = torch.zeros(2, device=device)  # sum of gradient norms, number of updates
+        self.bins = torch.zeros(2, self.num_bins, device=device)  # sum of unweighted losses, number of examples
+
+    def add_losses(self, timesteps, losses, weights):
+        """timesteps, losses (unweighted) and weights: [B], detached. Losses that are not finite are left out."""
+        finite = losses.isfinite()
+        losses = torch.where(finite, losses, 0.0)
+        self.loss += torch.stack([(weights * losses).sum(), finite.sum()])
+        bins = self.bin_of_timestep[timesteps]
+        self.bins[0].index_add_(0, bins, losses)
+        self.bins[1].index_add_(0, bins, finite.float())
+
+    def add_gradient_norm(self, norm):
+        """norm: 0-d tensor, before clipping."""
+        finite = norm.isfinite()
+        self.norm += torch.stack([torch.where(finite, norm, 0.0), finite.float()])
+
+    def read(self, accelerator):
+        """(mean weighted loss, mean gradient norm, [bins] mean unweighted losses) over all processes since the last
+        call; None where nothing was added. Waits for the device."""
+        sums = torch.cat([torch.stack([self.loss, self.norm], dim=1), self.bins], dim=1)
+        totals, counts = accelerator.reduce(sums, "sum").tolist()
+        loss, norm, *bins = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+        for sums in (self.loss, self.norm, self.bins):
+            sums.zero_()
+        return loss, norm, [None if value is None else round(value, 6) for value in bins]
+
+    def state_dict(self):
+        """The sums, on the CPU."""
+        return {name: getattr(self, name).cpu().clone() for name in ("loss", "norm", "bins")}
+
+    def load_state_dict(self, state):
+        """Restore the sums."""
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+
+def bin_of_timestep(num_train_timesteps, num_bins):
+    """[T] the bin of each timestep, of equal widths."""
+    return torch.arange(num_train_timesteps) * num_bins // num_train_timesteps
+
+
+def by_bin(table, num_bins=NUM_BINS):
+    """A table over timesteps [T], averaged in bins: a list of floats."""
+    table = table.detach().float().cpu()
+    num_bins = min(num_bins, len(table))
+    bins = bin_of_timestep(len(table), num_bins)
+    sums = torch.zeros(num_bins).index_add_(0, bins, table)
+    return [float(f"{value:.6g}") for value in (sums / torch.bincount(bins)).tolist()]
+
+
+class TrainingLog:
+    """A run's log: `metrics.jsonl`, one JSON object a line; the trackers of accelerate; the progress bar; samples.
+
+    Files are written by the main process alone.
+
+    Args:
+        options: the run's.
+        max_steps: updates in all, or None where only time is limited: the bar then counts seconds.
+        step, images_seen: where the run begins, or goes on: later records of an earlier life are dropped, because
+            they will be made again.
+        clock: the run's `PhaseClock`.
+    """
+
+    def __init__(self, accelerator, options, max_steps, step, images_seen, clock):
+        self.accelerator, self.options, self.clock = accelerator, options, clock
+        self.folder = Path(options.output_dir)
+        self.path = self.folder / "metrics.jsonl"
+        self.images_seen, self.seconds = images_seen, clock.seconds("train")  # at the last record
+        self.last_record = {}
+        if accelerator.is_main_process:
+            drop_records_after(self.path, step)
+        if options.logger != "none":
+            purge = {"tensorboard": {"purge_step": step}} if options.logger == "tensorboard" else {}
+            accelerator.init_trackers("adaptive-ddpm", init_kwargs=purge)
+        by_time = max_steps is None
+        self.progress = tqdm(
+            total=options.max_train_seconds if by_time else max_steps,
+            initial=round(self.seconds, 1) if by_time else step,
+            unit="s" if by_time else "step",
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}" if by_time else None,
+            dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process,
+        )
+
+    def advance(self, step):
+        """Move the progress bar."""
+        now = min(self.clock.seconds("train"), self.progress.total) if self.progress.unit == "s" else step
+        self.progress.update(now - self.progress.n)
+
+    def write(self, step, images_seen, meter, guard, lr_scheduler, sampler, last=False):
+        """Write a record. All processes must call it.
+
+        Args:
+            last: the run ends here, between two regular records; a resumed run drops this one.
+        """
+        loss, grad_norm, loss_by_timestep = meter.read(self.accelerator)
+        skipped = guard.check()
+        seconds = self.clock.seconds("train")
+        rate = (images_seen - self.images_seen) / max(seconds - self.seconds, 1e-9)
+        self.images_seen, self.seconds = images_seen, seconds
+        record = {
+            "step": step,
+            "images": images_seen,
+            "train_seconds": round(seconds, 3),
+            "loss": loss,
+            "lr": lr_scheduler.get_last_lr()[0],
+            "grad_norm": grad_norm,
+            "images_per_second": round(rate, 2),
+            "skipped_updates": skipped,
+        }
+        self.accelerator.log({name: value for name, value in record.items() if value is not None}, step=step)
+        self.progress.set_postfix(loss="none" if loss is None else f"{loss:.4f}", images_per_s=f"{rate:.0f}")
+        record["loss_by_timestep"] = loss_by_timestep
+        record["density"] = by_bin(sampler.probabilities)
+        record["weight"] = by_bin(sampler.weights)
+        if last:
+            record["last"] = True
+        self.last_record = record
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def close(self):
+        """End the progress bar."""
+        self.progress.close()
+
+    def save_grid(self, image, name, step):
+        """Write a PIL image under the output folder, and to TensorBoard."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+
+    def summary(self, step, images_seen, num_parameters, reason, skipped_images):
+        """Write `training_summary.json`, and return it."""
+        summary = {
+            "steps": step,
+            "images": images_seen,
+            "parameters": num_parameters,
+            "stopped_by": reason,
+            "seconds": self.clock.report(),
+            "loss": self.last_record.get("loss"),
+            "skipped_updates": self.last_record.get("skipped_updates"),
+            "skipped_images": skipped_images,
+            "processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+        }
+        (self.folder / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+
+def drop_records_after(path, step):
+    """Cut a `metrics.jsonl` back to what a run that reached `step` had written on its way."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step and not record.get("last")]
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(rewritten, path)
+
+
+def device_name(device):
+    """The processor as a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def read_metrics(path):
+    """The records of a `metrics.jsonl`; a last line that was cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,136 @@
+"""The network and the noise schedule, from options."""
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+
+def build_unet(options, channels, resolution):
+    """The `UNet2DModel` to train: DDPM's, or that of `--model_config_name_or_path`, with `--unet` over it.
+
+    Raises:
+        ValueError: settings that UNet2DModel refuses, or a resolution that its levels cannot halve.
+    """
+    if options.model_config_name_or_path:
+        config = load_unet_config(options.model_config_name_or_path)
+    else:
+        config = default_unet_config(resolution)
+    config |= options.unet
+    config |= {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    levels = len(config["block_out_channels"])
+    if resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"--resolution {resolution}: a U-Net of {levels} levels needs a multiple of {2 ** (levels - 1)}; choose "
+            "another, or fewer block_out_channels in --unet"
+        )
+    try:
+        return UNet2DModel(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--unet: {error}") from error
+
+
+def load_unet_config(name_or_path):
+    """The settings of a saved UNet2DModel: a folder, a pipeline's folder, a JSON file or a Hub id."""
+    try:
+        config = UNet2DModel.load_config(name_or_path)
+        if config.get("_class_name") == "DDPMPipeline":
+            config = UNet2DModel.load_config(name_or_path, subfolder="unet")
+    except OSError as error:
+        raise ValueError(f"--model_config_name_or_path {name_or_path}: {error}") from error
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def default_unet_config(resolution):
+    """DDPM's U-Net (arXiv 2006.11239, appendix B): widths doubled on the way down to 4x4, attention at 16x16.
+
+    At 32x32 these are the settings of google/ddpm-cifar10-32, without its dropout."""
+    multipliers = (1, 2, 2, 2) if resolution <= 32 else (1, 1, 2, 2, 4, 4)
+    levels = 1
+    while levels < len(multipliers) and resolution % 2**levels == 0 and resolution >> levels >= 4:
+        levels += 1
+    attention = [resolution >> level == 16 for level in range(levels)]
+    return {
+        "block_out_channels": [128 * multiplier for multiplier in multipliers[:levels]],
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        "layers_per_block": 2,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    }
+
+
+def build_noise_scheduler(options):
+    """The `DDPMScheduler` to train with and to save.
+
+    Raises:
+        ValueError: an unknown schedule or setting, or epsilon-prediction where the last timestep has no signal.
+    """
+    settings = {
+        "num_train_timesteps": options.ddpm_num_steps,
+        "beta_schedule": options.ddpm_beta_schedule,
+        "prediction_type": options.prediction_type,
+        **options.noise_scheduler,
+    }
+    try:
+        noise_scheduler = DDPMScheduler(**settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"--ddpm_beta_schedule / --noise_scheduler {settings}: {error}") from error
+    if noise_scheduler.config.prediction_type == "epsilon" and noise_scheduler.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "--prediction_type epsilon: cannot be used with a zero terminal SNR (rescale_betas_zero_snr); "
+            "choose v_prediction or sample"
+        )
+    return noise_scheduler
+
+
+def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale):
+    """[B] |eps - eps_theta(x_t, t)|^2, mean over pixels, whatever the network predicts.
+
+    Args:
+        images, noise: [B, C, H, W]; images in [-1, 1].
+        timesteps: [B] int64.
+        epsilon_scale: [T] of `epsilon_loss_scale`.
+    """
+    noisy_images = noise_scheduler.add_noise(images, noise, timesteps)
+    prediction = unet(noisy_images, timesteps, return_dict=False)[0]
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(images, noise, timesteps)
+    else:
+        target = images
+    squared_error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return squared_error * epsilon_scale[timesteps]
+
+
+def ema_pipeline(accelerator, unet, ema, noise_scheduler):
+    """A `DDPMPipeline` of the averaged weights on the main process, None on the others.
+
+    All processes must call it: sharded weights are gathered."""
+    parameters = list(unet.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    weights = accelerator.get_state_dict(unet)
+    pipeline = None
+    if accelerator.is_main_process:
+        copy = UNet2DModel.from_config(accelerator.unwrap_model(unet).config)
+        copy.load_state_dict(weights)
+        pipeline = DDPMPipeline(copy.eval(), DDPMScheduler.from_config(noise_scheduler.config))
+    ema.restore(parameters)
+    return pipeline
+
+
+def warm_up(accelerator, unet, image_shape, batch_size):
+    """Run the network forward and backward on noise, so that compilation and autotuning are over before the clock
+    starts. Leaves weights, gradients and random states as they were."""
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(2):
+            images = torch.randn(batch_size, *image_shape, device=device)
+            unet(images, torch.zeros(batch_size, dtype=torch.long, device=device), return_dict=False)[
+                0
+            ].mean().backward()
+    unet.zero_grad(set_to_none=True)

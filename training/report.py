@@ -1,0 +1,118 @@
+"""What a run leaves for people to look at: the plot of its timestep density, and its model card."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from matplotlib.colors import Normalize
+
+from .metrics import read_metrics
+
+matplotlib.use("agg")
+
+
+def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
+    """Draw p_t, w_t and their product over training, from the records of `metrics.jsonl` that have them."""
+    records = [record for record in read_metrics(metrics_path) if "density" in record]
+    if not records:
+        return
+    panels = [
+        ("$T p_t$: how often, against uniform", lambda r: [p * num_train_timesteps for p in r["density"]]),
+        ("$w_t$: how much each counts", lambda r: r["weight"]),
+        (
+            "$T p_t w_t$: the objective",
+            lambda r: [num_train_timesteps * p * w for p, w in zip(r["density"], r["weight"], strict=True)],
+        ),
+    ]
+    num_bins = len(records[0]["density"])
+    middles = [(i + 0.5) * num_train_timesteps / num_bins for i in range(num_bins)]
+    colors = plt.get_cmap("viridis")
+    scale = Normalize(records[0]["step"], max(records[-1]["step"], records[0]["step"] + 1))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        for record in records[:: max(1, len(records) // 60)]:
+            axis.plot(middles, values(record), color=colors(scale(record["step"])), linewidth=1.2)
+        axis.set(title=title, xlabel="timestep $t$", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.colorbar(plt.cm.ScalarMappable(scale, colors), ax=axes, label="training step", pad=0.01)
+    figure.savefig(image_path, dpi=110)
+    plt.close(figure)
+
+
+def write_model_card(options, summary, sampler):
+    """Write `README.md`: what the model was trained on and how, a sample grid, and how to load it.
+
+    Args:
+        options: the run's resolved options.
+        summary: of `TrainingLog.summary`.
+        sampler: the timestep sampler, for its name.
+    """
+    folder = Path(options.output_dir)
+    dataset = options.dataset_name
+    on_hub = dataset != "digits" and not Path(dataset).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        datasets=[dataset] if on_hub else None,
+        tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
+    )
+    name = options.hub_model_id or str(folder)
+    budget = ", ".join(
+        f"{flag} {value}"
+        for flag in ("max_train_seconds", "max_train_steps", "num_epochs")
+        if (value := getattr(options, flag)) is not None
+    )
+    rows = {
+        "data set": f"`{dataset}`, {options.resolution}×{options.resolution}",
+        "timesteps": f"`{options.timestep_sampler}` ({type(sampler).__name__})",
+        "loss weighting": f"`{options.loss_weighting}`",
+        "budget": budget,
+        "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
+        "parameters": f"{summary['parameters'] / 1e6:.1f} M",
+        "weights": "exponential moving average" if options.use_ema else "last step",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    picture = "![samples](samples/final.png)\n" if (folder / "samples" / "final.png").exists() else ""
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {Path(name).name}
+
+An unconditional diffusion model, trained with adaptive-ddpm on `{dataset}`.
+
+{picture}
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("{name}")
+image = pipeline().images[0]
+```
+
+| | |
+|---|---|
+{table}
+
+![timestep density](timestep_density.png)
+
+`training_options.yaml` repeats the run: `accelerate launch train_adaptive_ddpm.py --config training_options.yaml`.
+"""
+    ModelCard(text).save(folder / "README.md")
+
+
+def create_hub_repository(options):
+    """Create the Hub repository before training, so that a missing token is found out at once. Returns its id."""
+    name = options.hub_model_id or Path(options.output_dir).name
+    return create_repo(name, private=options.hub_private_repo, token=options.hub_token, exist_ok=True).repo_id
+
+
+def upload_to_hub(repo_id, options):
+    """Upload the results, without checkpoints and logs."""
+    upload_folder(
+        repo_id=repo_id,
+        folder_path=options.output_dir,
+        token=options.hub_token,
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*", ".checkpoint-*", "logs/*", ".*"],
+    )

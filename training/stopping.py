@@ -1,0 +1,102 @@
+"""When to stop: a budget spent, or a signal, agreed on by all processes."""
+
+import signal
+
+import torch
+
+AGREE_EVERY = 10  # steps between two agreements of several processes: a collective each
+
+
+class StopCondition:
+    """Tells when the run should end, and why.
+
+    Ctrl-C and SIGTERM ask for an orderly end after the current step; a second Ctrl-C interrupts at once.
+
+    Args:
+        accelerator: of the run.
+        max_steps: steps, or None.
+        max_seconds: of training proper, or None.
+        clock: the run's `PhaseClock`.
+    """
+
+    def __init__(self, accelerator, max_steps, max_seconds, clock):
+        self.accelerator, self.clock = accelerator, clock
+        self.max_steps, self.max_seconds = max_steps, max_seconds
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, _frame):
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def reason(self, step):
+        """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
+        if self.max_steps is not None and step >= self.max_steps:
+            return "steps"
+        if self.accelerator.num_processes == 1:
+            return self._own_reason()
+        return self._agreed_reason() if step % AGREE_EVERY == 0 else None
+
+    def _own_reason(self):
+        if self.signal is not None:
+            return "signal"
+        if self.max_seconds is not None and self.clock.seconds("train") >= self.max_seconds:
+            return "seconds"
+        return None
+
+    def _agreed_reason(self):
+        reasons = (None, "seconds", "signal")
+        own = torch.tensor(reasons.index(self._own_reason()), device=self.accelerator.device)
+        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
+        return reasons[own.item()]
+
+
+class NonFiniteGuard:
+    """Skips updates whose gradient is not finite, without asking the device on each step.
+
+    Fused optimisers leave parameters and state alone where `found_inf` is 1. Under fp16 the gradient scaler does the
+    skipping, and this only counts.
+
+    Args:
+        optimizer: the fused torch optimiser inside accelerate's.
+        scaled: a gradient scaler is in use.
+        max_in_row: updates skipped in a row at which `check` gives up.
+    """
+
+    def __init__(self, optimizer, device, scaled, max_in_row):
+        self.optimizer, self.scaled, self.max_in_row = optimizer, scaled, max_in_row
+        self.counts = torch.zeros(3, device=device)  # skipped in all; in a row now; most in a row since the last check
+
+    def observe(self, gradient_norm):
+        """Call between clipping and the optimiser's step. gradient_norm: 0-d tensor on the device."""
+        skipped = (~gradient_norm.isfinite()).float()
+        total, in_row, worst = self.counts
+        in_row = (in_row + 1) * skipped
+        self.counts = torch.stack([total + skipped, in_row, torch.maximum(worst, in_row)])
+        if not self.scaled:
+            self.optimizer.found_inf = skipped
+
+    def state_dict(self):
+        """The counts, on the CPU."""
+        return {"counts": self.counts.cpu().clone()}
+
+    def load_state_dict(self, state):
+        """Restore the counts."""
+        self.counts.copy_(state["counts"])
+
+    def check(self):
+        """Updates skipped so far. Waits for the device.
+
+        Raises:
+            FloatingPointError: `max_in_row` updates in a row were skipped.
+        """
+        total, _, worst = self.counts.tolist()
+        if worst >= self.max_in_row:
+            raise FloatingPointError(
+                f"the loss or its gradient was not finite in {int(worst)} steps in a row "
+                f"(--max_nonfinite_steps {self.max_in_row}): lower --learning_rate, or use bf16 in place of fp16"
+            )
+        self.counts[2] = 0
+        return int(total)
