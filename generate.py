@@ -1,11 +1,12 @@
 """A pipeline in, a folder of images out.
 
-    accelerate launch generate.py --pipeline DIR_OR_HUB_ID --num_images 10000 --batch_size 256 --seed 0 --output_dir OUT
+    accelerate launch generate.py --pipeline DIR_OR_HUB_ID --num_images 10000 --output_dir OUT
 
-Image i depends on the weights, the seed and i, not on how many processes share the work. A killed run goes on where
-it stopped when the same command is given again, and ends with the same files; a larger --num_images extends the
-folder. To be sure of equal *bits*, keep the batch size, the number of threads and the kind of device: the network
-rounds differently otherwise. The first two things in the folder a person looks at are grid.png and generation.json.
+Image i depends on the weights, the seed and i, not on how many processes share the work. A killed run goes on
+where it stopped when the same command is given again, and ends with the same files; a larger --num_images
+extends the folder. With another batch size or device the network rounds differently, so these are settings that
+a folder keeps. On a CPU, several processes need `--config_file accelerate_configs/cpu.yaml --num_processes 2`:
+with its own --cpu, accelerate starts a single one.
 """
 
 import hashlib
@@ -40,7 +41,9 @@ from pipelines import UnconditionalPipeline, denoising_steps, load_configs, make
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD = "generation.json"
-OURS = re.compile(r"(\d{6,}\.png|\d{6,}-\d{6,}\.(npz|parquet)|images\.npz|grid\.png|generation\.json)(\.tmp)?")
+OURS = re.compile(
+    r"(\d{6,}\.png|\d{6,}-\d{6,}\.(npz|parquet)|images\.npz|grid\.png|generation\.json)(\.tmp)?"
+)
 WRITER_THREADS = 4
 
 
@@ -48,40 +51,59 @@ WRITER_THREADS = 4
 class GenerationArguments:
     """Options of generate.py."""
 
-    pipeline: str = field(metadata={"help": "Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler."})
+    pipeline: str = field(
+        metadata={"help": "Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler."}
+    )
     output_dir: str = field(metadata={"help": "Folder for the images; made when missing."})
-    num_images: int = field(default=64, metadata={"help": "How many images. More than before extends the folder."})
-    batch_size: int = field(default=64, metadata={"help": "Images per network call and process; the last are padded."})
+    num_images: int = field(
+        default=64, metadata={"help": "How many images. More than before extends the folder."}
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "Images per network call and process; the last are padded."}
+    )
     seed: int = field(default=0, metadata={"help": "Names the series of images, in [0, 2**32)."})
     sampler: Literal["ddpm", "ddim"] = field(default="ddpm", metadata={"help": "Need not be the saved one."})
     num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps. Default: all the trained ones for ddpm, 100 for ddim."}
+        default=None,
+        metadata={"help": "Denoising steps. Default: all the trained ones for ddpm, 100 for ddim."},
     )
     skip_schedule: Literal["uniform", "quadratic"] = field(
-        default="uniform", metadata={"help": "Which timesteps fewer steps use; quadratic ones crowd at the image end."}
+        default="uniform",
+        metadata={"help": "Which timesteps fewer steps use; quadratic ones crowd at the image end."},
     )
-    eta: float | None = field(default=None, metadata={"help": "ddim only: 0 deterministic (default) to 1 as in DDPM."})
+    eta: float | None = field(
+        default=None, metadata={"help": "ddim only: 0 deterministic (default) to 1 as in DDPM."}
+    )
     format: Literal["png", "npz", "parquet"] = field(
         default="png",
-        metadata={"help": "One PNG each; one images.npz (arr_0, uint8 NHWC); or parquet shards for `datasets`."},
+        metadata={
+            "help": "One PNG each; one images.npz (arr_0, uint8 NHWC); or parquet shards for `datasets`."
+        },
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "Autocast of the network."})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(
+        default="no", metadata={"help": "Autocast of the network."}
+    )
     compile: bool = field(default=False, metadata={"help": "torch.compile the network."})
     grid_images: int = field(default=64, metadata={"help": "Images in grid.png; 0 for no grid."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "If output_dir holds images made with other settings, delete them (and nothing else)."},
+        metadata={
+            "help": "If output_dir holds images made with other settings, delete them (and nothing else)."
+        },
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = GenerationArguments(**vars(HfArgumentParser(GenerationArguments).parse_args(argv)))
-    # One process may finish long before another: the default timeout of ten minutes would end the run.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
+    # Without a GPU, processes find each other only when told that they are on the CPU. One may finish long
+    # before another: the default timeout of ten minutes would end the run.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
     folder = Path(args.output_dir)
 
     # 1. refuse what cannot work, before any weights are read
-    on_main(state, lambda: (check_arguments(args, state.device), check_folder(folder, args.overwrite_output_dir)))
+    on_main(state, lambda: check_arguments(args, state.device))
+    on_main(state, lambda: check_folder(folder, args.overwrite_output_dir))
     _, scheduler = read_configs(args)
     with state.main_process_first():
         pipeline = UnconditionalPipeline.from_pretrained(args.pipeline, scheduler=scheduler).to(state.device)
@@ -110,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     state.destroy_process_group()
 
 
-def sample_blocks(pipeline, args: GenerationArguments, files: "Files", todo: list[range], state: PartialState) -> None:
+def sample_blocks(
+    pipeline, args: GenerationArguments, files: "Files", todo: list[range], state: PartialState
+) -> None:
     """Sample this process's share of the blocks `todo`, and hand them to the writer threads."""
     done = args.num_images - sum(map(len, todo))
     main, dtype = state.is_main_process, DTYPES[args.mixed_precision]
@@ -118,8 +142,8 @@ def sample_blocks(pipeline, args: GenerationArguments, files: "Files", todo: lis
     pipeline.set_progress_bar_config(leave=False, position=1, disable=not main or not sys.stderr.isatty())
     with bar, Writer(limit=2 * len(files.names(files.blocks[0]))) as writer:
         for block in todo[state.process_index :: state.num_processes]:
-            # Always a whole block, the next images of the series being the padding: the network's rounding depends on
-            # the shape of its batch, so an image must not depend on whether it is among the last.
+            # Always a whole block, the next images of the series being the padding: the network's rounding
+            # depends on the shape of its batch, so an image must not depend on whether it is among the last.
             indices = range(block.start, block.start + args.batch_size)
             with torch.autocast(state.device.type, dtype=dtype, enabled=dtype is not None):
                 images = pipeline.sample(
@@ -127,7 +151,8 @@ def sample_blocks(pipeline, args: GenerationArguments, files: "Files", todo: lis
                 )
             for path, write in files.parts(block, images[: len(block)].cpu()):
                 writer.submit(path, write)
-            bar.update(min(len(block) * state.num_processes, bar.total - bar.n))  # the others go at the same pace
+            # the other processes go at about the same pace
+            bar.update(min(len(block) * state.num_processes, bar.total - bar.n))
 
 
 # Checks
@@ -147,18 +172,23 @@ def check_arguments(args: GenerationArguments, device: torch.device) -> None:
     unet_config, scheduler = read_configs(args)
     denoising_steps(scheduler, args.num_inference_steps, args.eta or 0.0, args.skip_schedule)
     if unet_config.get("in_channels", 3) not in (1, 3):
-        raise ValueError(f"--pipeline {args.pipeline} makes {unet_config['in_channels']} channels, not grey or RGB")
+        raise ValueError(
+            f"--pipeline {args.pipeline} makes {unet_config['in_channels']} channels, not grey or RGB"
+        )
 
 
 def read_configs(args: GenerationArguments) -> tuple[dict[str, Any], DDPMScheduler | DDIMScheduler]:
     """The U-Net's config and the scheduler to sample with; fills in the default of --num_inference_steps."""
     path = Path(args.pipeline)
-    if not path.is_dir() and (path.is_absolute() or args.pipeline.startswith(".") or args.pipeline.count("/") != 1):
+    like_an_id = (
+        args.pipeline.count("/") == 1 and not path.is_absolute() and not args.pipeline.startswith(".")
+    )
+    if not path.is_dir() and not like_an_id:
         raise ValueError(f"--pipeline {args.pipeline}: no such folder, and no Hub id, which is owner/name")
     try:
         unet_config, scheduler = load_configs(args.pipeline)
     except OSError as error:
-        raise ValueError(f"--pipeline {args.pipeline} is no folder or Hub id of a pipeline: {error}") from error
+        raise ValueError(f"--pipeline {args.pipeline} is no pipeline's folder or Hub id: {error}") from error
     scheduler = SCHEDULERS[args.sampler].from_config(scheduler.config)
     if args.num_inference_steps is None:
         trained = scheduler.config.num_train_timesteps
@@ -185,12 +215,12 @@ def on_main(state: PartialState, function: Callable[[], Any]) -> Any:
 
 def read_settings(args, scheduler, unet: UNet2DModel, device: torch.device) -> dict[str, Any]:
     """All that decides what image i looks like, as JSON has it; two runs into one folder must agree on it."""
-    config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k[0] != "_" or k == "_class_name"}
-    names = ("num_inference_steps", "skip_schedule", "seed", "batch_size", "format", "mixed_precision", "compile")
+    config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k[0] != "_"}
+    names = "num_inference_steps skip_schedule seed batch_size format mixed_precision compile".split()
     return {
         "pipeline": str(Path(args.pipeline).resolve()) if Path(args.pipeline).is_dir() else args.pipeline,
         "weights": fingerprint(unet),
-        "scheduler": config,
+        "scheduler": {"class": type(scheduler).__name__, **config},
         "sampler": args.sampler,
         "eta": (args.eta or 0.0) if args.sampler == "ddim" else None,
         **{name: getattr(args, name) for name in names},
@@ -200,7 +230,8 @@ def read_settings(args, scheduler, unet: UNet2DModel, device: torch.device) -> d
 
 def fingerprint(unet: UNet2DModel) -> str:
     """SHA-256 of the U-Net's config and weights."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in unet.config.items() if k[0] != "_"}, sort_keys=True).encode())
+    config = {k: v for k, v in unet.config.items() if k[0] != "_"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(unet.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -211,19 +242,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """generation.json, or None where there is none of ours."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        return record if isinstance(record["settings"], dict) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return record if {"status", "num_images", "settings"} <= record.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):
         return None
 
 
 def write_record(folder: Path, status: str, args: GenerationArguments, settings, **more: Any) -> None:
     """Store what is known of this run beside what an earlier run into the same folder has left."""
-    record = (read_record(folder) or {}) | {"status": status, "num_images": args.num_images, "settings": settings, **more}
+    new = {"status": status, "num_images": args.num_images, "settings": settings, **more}
+    record = (read_record(folder) or {}) | new
     write_atomically(folder / RECORD, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something else than generated images, unless it can be told apart from ours."""
+    """Refuse a folder with files of others, or at least with files that could be taken for ours."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
     names = sorted(set(os.listdir(folder)) - {RECORD + ".tmp"}) if folder.exists() else []
@@ -231,8 +263,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"--output_dir {folder} is not empty ({names[0]}, ...) and has no {RECORD} of ours: choose another folder, "
-            "or give --overwrite_output_dir, which leaves foreign files alone"
+            f"--output_dir {folder} is not empty ({names[0]}, ...) and has no {RECORD} of ours: "
+            "choose another folder, or give --overwrite_output_dir, which leaves foreign files alone"
         )
     if clash := [name for name in names if OURS.fullmatch(name) and not name.endswith(".tmp")]:
         raise ValueError(
@@ -248,8 +280,8 @@ def prepare_folder(folder: Path, args: GenerationArguments, settings, files: "Fi
     if record is not None and (differ := differences(args, settings, record)):
         if not args.overwrite_output_dir:
             raise ValueError(
-                f"--output_dir {folder} holds images made otherwise: {'; '.join(differ)}. Choose another folder, or "
-                "give --overwrite_output_dir to delete them"
+                f"--output_dir {folder} holds images made otherwise: {'; '.join(differ)}. "
+                "Choose another folder, or give --overwrite_output_dir to delete them"
             )
         for path in our_files(folder):
             if path.name != RECORD:  # a run killed here leaves a folder that is still known as ours
@@ -274,20 +306,23 @@ def our_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(os.listdir(folder)) if OURS.fullmatch(name)]
 
 
-def finish_folder(folder: Path, args: GenerationArguments, settings, files: "Files", more: dict[str, Any]) -> None:
+def finish_folder(
+    folder: Path, args: GenerationArguments, settings, files: "Files", more: dict[str, Any]
+) -> None:
     """Merge shards, draw the grid, and mark the folder complete."""
     files.finish()
-    (folder / "grid.png").unlink(missing_ok=True)
     if args.grid_images > 0:
         grid = make_grid_image(files.read(min(args.grid_images, args.num_images)))
         write_atomically(folder / "grid.png", lambda file: grid.save(file, format="PNG"))
+    else:
+        (folder / "grid.png").unlink(missing_ok=True)
     write_record(folder, "complete", args, settings, **more)
 
 
 def hardware(state: PartialState) -> dict[str, Any]:
-    cuda = state.device.type == "cuda"
+    kind = state.device.type
     return {
-        "hardware": torch.cuda.get_device_name(state.device) if cuda else f"{state.device.type}, {os.cpu_count()} cores",
+        "hardware": torch.cuda.get_device_name() if kind == "cuda" else f"{kind}, {os.cpu_count()} cores",
         "num_processes": state.num_processes,
         "num_threads": torch.get_num_threads(),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, accelerate)},
@@ -307,13 +342,15 @@ def write_atomically(path: Path, write: Write) -> None:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; finished images are kept, the same command goes on") from error
+        message = f"cannot write {path}: {error}; finished images are kept, the same command goes on"
+        raise OSError(message) from error
 
 
 class Writer:
     """Writes files on threads while the next batch is sampled; the first error ends the run.
 
-    At most `limit` files wait (of two blocks, say), so that a slow disk slows the sampling down rather than filling the memory.
+    At most `limit` files wait (of two blocks, say), so that a slow disk slows the sampling down rather than
+    filling the memory.
     """
 
     def __init__(self, limit: int, threads: int = WRITER_THREADS):
@@ -339,7 +376,7 @@ class Writer:
 
 
 class Files:
-    """Which files hold the images of a folder, block by block; a block is the range of indices of one batch."""
+    """Which files hold the images of a folder, block by block; a block is one batch's range of indices."""
 
     def __init__(self, folder: Path, num_images: int, batch_size: int):
         self.folder = folder
@@ -407,9 +444,9 @@ class ParquetShards(Shards):
         datasets.disable_progress_bars()
 
         def write(file: BinaryIO) -> None:
+            pictures = {"image": [to_pil(image) for image in images]}
             features = datasets.Features({"image": datasets.Image()})
-            rows = datasets.Dataset.from_dict({"image": [to_pil(image) for image in images]}, features=features)
-            rows.to_parquet(file)
+            datasets.Dataset.from_dict(pictures, features=features).to_parquet(file)
 
         yield self.folder / self.names(block)[0], write
 
@@ -456,7 +493,8 @@ class NpzShards(Shards):
                 whole = block.stop <= merged
                 rows = old[block.start : block.stop] if whole else self.load_shard(block)
                 if block.start == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (self.blocks[-1].stop, *rows.shape[1:])}
+                    shape = (self.blocks[-1].stop, *rows.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(out, header)
                 out.write(rows.tobytes())
 

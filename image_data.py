@@ -90,7 +90,7 @@ def _eight_bits(image):
     levels = np.asarray(image, dtype=np.float64)
     white = 65535 if image.mode != "F" else 1 if levels.max() <= 1 else 255
     if not (levels.min() >= 0 and levels.max() <= white):  # written so that NaN fails too
-        raise BadImage(f"grey levels {levels.min():g}..{levels.max():g} are outside 0..{white}")
+        raise ValueError(f"grey levels {levels.min():g}..{levels.max():g} are outside 0..{white}")
     return Image.fromarray(np.rint(levels * 255 / white).astype(np.uint8))
 
 
@@ -140,10 +140,11 @@ def _call(name, load, /, **arguments):
     """Call a loader of the `datasets` library, and sum up its error in one ValueError."""
     try:
         return load(**arguments)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # from the network, the Hub, the file system, Arrow, or any reader of a format
         # A DatasetGenerationError keeps what went wrong (a corrupt file, a full disk) in its cause.
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = str(cause or error) or type(error).__name__
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if generating and error.__cause__ else error
+        reason = f"{type(cause).__name__}: {cause}"
     if not Path(name).expanduser().exists():
         reason = f"there is no such folder, and from the Hugging Face Hub: {reason}"
     if "onfig" in reason:
@@ -208,8 +209,6 @@ def open_images(
         raise ValueError(f"--resolution {resolution} is not a positive number of pixels")
     rows = _load_rows(dataset_name, dataset_config_name, split, cache_dir)
     rows = _image_rows(rows, dataset_name, image_column)
-    if len(rows) == 0:
-        raise ValueError(f"--dataset_name {dataset_name}: the split {split!r} holds no images")
     return ImageDataset(
         dataset_name,
         rows,
@@ -469,9 +468,9 @@ def training_batches(
     images = dataset.decode_all(num_workers, show_progress)
     if placement == "device":
         images = images.to(device)
-        batches = (images[indices] for indices in order(len(images), device=device))
-    else:
-        batches = (_to_device(images[indices], device) for indices in order(len(images)))
+        batches = (images.index_select(0, indices) for indices in order(len(images), device=device))
+    else:  # index_select, because images[indices] copies byte by byte on a CPU: 10 to 100 times slower
+        batches = (_to_device(images.index_select(0, indices), device) for indices in order(len(images)))
     return ImageBatches(dataset, batches, placement, len(images))
 
 

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def parse_options(options_class, argv=None):
         return options_class(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Exit with status 1 and one line on stderr where the block raises an error that the user can mend."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def config_flag(argv):
@@ -106,8 +116,17 @@ def recipe_to_flags(recipe):
     return flags
 
 
-def save_options(options, path):
-    """Write resolved options as a recipe that repeats them."""
+def save_options(options, path, leave_out=()):
+    """Write resolved options as a recipe that repeats them; without `--config` and those named in `leave_out`."""
+    path.write_text(yaml.safe_dump(_plain_values(options, leave_out), sort_keys=False))
+
+
+def changed_options(options, path, leave_out=()):
+    """{name: (value saved at `path`, value now)} of the options that differ."""
+    saved, now = read_yaml_mapping(path), _plain_values(options, leave_out)
+    return {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
+
+
+def _plain_values(options, leave_out):
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
-    values.pop("config", None)
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return {name: value for name, value in values.items() if name not in ("config", *leave_out)}

@@ -6,21 +6,24 @@ accelerate launch train_adaptive_ddpm.py --config configs/cifar10.yaml --mixed_p
 
 import logging
 import math
+import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers.hf_argparser import HfArg
 
 from image_data import normalize, open_images, training_batches
 from pipelines import UnconditionalPipeline, make_grid_image
-from recipes import JsonDict, parse_options, save_options
+from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
     LOSS_WEIGHTINGS,
     METHODS,
@@ -34,8 +37,9 @@ from training.checkpoints import find_checkpoint, read_process_state, save_check
 from training.clock import PhaseClock
 from training.metrics import LossMeter, TrainingLog
 from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
-from training.output import OPTIONS_FILE, check_disk_space, claim_output_dir, save_pipeline
+from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
 from training.report import create_hub_repository, plot_timestep_density, upload_to_hub, write_model_card
+from training.saving import save_pipeline
 from training.stopping import NonFiniteGuard, StopCondition
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,10 @@ class TrainingOptions:
             setattr(self, name, getattr(self, name) or default)
             if getattr(self, name) not in registry:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+            )
         if not (self.max_train_steps or self.num_epochs or self.max_train_seconds):
             self.num_epochs = 100
         if not self.lr_scheduler.startswith("constant") and not (self.max_train_steps or self.num_epochs):
@@ -161,13 +169,16 @@ class TrainingOptions:
 
 
 def main(options):
+    warn_of_missing_processes()
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # however it was launched
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         mixed_precision=options.mixed_precision,
         log_with=None if options.logger == "none" else options.logger,
         project_config=ProjectConfiguration(
             options.output_dir, logging_dir=f"{options.output_dir}/{options.logging_dir}"
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one draws samples
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     clock = PhaseClock(device)
@@ -176,70 +187,75 @@ def main(options):
     torch.backends.cudnn.benchmark = True
     set_seed(options.seed)
 
-    # Output: claimed before anything expensive begins
-    output_dir = Path(options.output_dir)
-    if accelerator.is_main_process:
-        claim_output_dir(options)
-    accelerator.wait_for_everyone()
-    checkpoint, state = None, {"step": 0, "images": 0, "seconds": None}
-    if options.resume_from_checkpoint:
-        checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, logger.warning)
-    if checkpoint:
-        state = read_process_state(checkpoint, rank)
-        clock = PhaseClock(device, state["seconds"])
-    step, images_seen = state["step"], state["images"]
-    hub_repository = create_hub_repository(options) if options.push_to_hub and accelerator.is_main_process else None
+    with one_line_errors(ValueError, OSError):
+        # Output: claimed before anything expensive begins
+        output_dir = Path(options.output_dir)
+        if accelerator.is_main_process:
+            claim_output_dir(options)
+        accelerator.wait_for_everyone()
+        checkpoint, state = None, {"step": 0, "images": 0, "seconds": None}
+        if options.resume_from_checkpoint:
+            checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, logger.warning)
+        if checkpoint:
+            state = read_process_state(checkpoint, rank)
+            clock = PhaseClock(device, state["seconds"])
+            for name, (old, new) in changed_options(options, output_dir / OPTIONS_FILE, NOT_SAVED).items():
+                logger.warning(f"resuming with --{name} {new}, which was {old}")
+        step, images_seen = state["step"], state["images"]
+        hub_repository = create_hub_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
-    # Data
-    with accelerator.local_main_process_first():
-        dataset = open_images(
-            options.dataset_name,
-            dataset_config_name=options.dataset_config_name,
-            cache_dir=options.cache_dir,
-            image_column=options.image_column,
-            resolution=options.resolution,
-            image_mode=options.image_mode,
-            on_bad_image=options.on_bad_image,
+        # Data
+        with accelerator.local_main_process_first():
+            dataset = open_images(
+                options.dataset_name,
+                dataset_config_name=options.dataset_config_name,
+                cache_dir=options.cache_dir,
+                image_column=options.image_column,
+                resolution=options.resolution,
+                image_mode=options.image_mode,
+                on_bad_image=options.on_bad_image,
+            )
+        options.resolution = dataset.resolution
+
+        # Model and noise
+        noise_scheduler = build_noise_scheduler(options)
+        schedule = NoiseSchedule.from_scheduler(noise_scheduler)
+        epsilon_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
+        unet = build_unet(options, dataset.channels, dataset.resolution)
+        num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+
+        # Timesteps: which to train on, and how much each example counts
+        sampler = make_timestep_sampler(
+            schedule,
+            timestep_sampler=options.timestep_sampler,
+            loss_weighting=options.loss_weighting,
+            low_discrepancy=options.low_discrepancy,
+            seed=options.seed,
+            device=device,
         )
-    options.resolution = dataset.resolution
 
-    # Model and noise
-    noise_scheduler = build_noise_scheduler(options)
-    schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-    epsilon_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
-    unet = build_unet(options, dataset.channels, dataset.resolution)
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        if accelerator.is_main_process:
+            check_disk_space(options, num_parameters)
+            if options.overwrite_output_dir:
+                delete_results(output_dir, options.logging_dir)
+            save_options(options, output_dir / OPTIONS_FILE, NOT_SAVED)
 
-    # Timesteps: which to train on, and how much each example counts
-    sampler = make_timestep_sampler(
-        schedule,
-        timestep_sampler=options.timestep_sampler,
-        loss_weighting=options.loss_weighting,
-        low_discrepancy=options.low_discrepancy,
-        seed=options.seed,
-        device=device,
-    )
-
-    if accelerator.is_main_process:
-        check_disk_space(options, num_parameters)
-        save_options(options, output_dir / OPTIONS_FILE)
-
-    # Batches: all processes together see what one process would with the whole batch
-    images_per_process = options.train_batch_size * options.gradient_accumulation_steps
-    images_per_step = images_per_process * world_size
-    batches = training_batches(
-        dataset,
-        images_per_process,
-        seed=options.seed,
-        first_image=images_seen,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        placement=options.data_placement,
-        num_workers=options.dataloader_num_workers,
-        show_progress=accelerator.is_local_main_process,
-    )
-    max_steps = total_steps(options, batches.num_images / images_per_step)
+        # Batches: all processes together see what one process would with the whole batch
+        images_per_process = options.train_batch_size * options.gradient_accumulation_steps
+        images_per_step = images_per_process * world_size
+        batches = training_batches(
+            dataset,
+            images_per_process,
+            seed=options.seed,
+            first_image=images_seen,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            placement=options.data_placement,
+            num_workers=options.dataloader_num_workers,
+            show_progress=accelerator.is_local_main_process,
+        )
+        max_steps = total_steps(options, batches.num_images / images_per_step)
 
     # Optimiser, learning rate, average
     optimizer = torch.optim.AdamW(
@@ -250,7 +266,9 @@ def main(options):
         eps=options.adam_epsilon,
         fused=device.type in ("cpu", "cuda"),
     )
-    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, max_steps)
+    lr_scheduler = get_scheduler(
+        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
+    )
     if options.compile:
         unet.compile()
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -306,7 +324,7 @@ def main(options):
     log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)
     unet.train()
-    with clock.phase("train"):
+    with clock.phase("train"), one_line_errors(FloatingPointError, OSError), closing(log):
         while (reason := stop.reason(step)) is None:
             images = next(batches)
             drawn = sampler.sample(len(images))
@@ -342,9 +360,8 @@ def main(options):
             if options.checkpointing_steps and step % options.checkpointing_steps == 0:
                 save_state()
 
-    log.close()
 
-    # The end: on a signal, what is needed to go on, and quickly
+    # The end; after a signal, only what is needed to go on
     if reason == "signal" or options.checkpointing_steps:
         save_state()
     save_model()
@@ -360,6 +377,15 @@ def main(options):
     if hub_repository and reason != "signal":
         upload_to_hub(hub_repository, options)
     accelerator.end_training()
+
+
+def warn_of_missing_processes():
+    """`accelerate launch --cpu --num_processes 2` prepares an address for two processes, and starts one."""
+    if "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        logger.warning(
+            "accelerate launch started one process only; for several on a CPU, launch with "
+            "--config_file accelerate_configs/cpu.yaml --num_processes N"
+        )
 
 
 def total_steps(options, steps_per_epoch):

@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py --block_out_channels 32 64 64 --batch_size 16 --output_json sampling.json
 
-Both make one batch of float or uint8 tensors, with no pictures written; their runs are interleaved, after a warm-up
-of each, so that a machine that slows down slows both.
+Both make one batch of float or uint8 tensors, with no pictures written; their runs are interleaved, after a
+warm-up of each, so that a machine that slows down slows both.
 """
 
 import json
@@ -119,7 +119,9 @@ def cpu_name() -> str:
 
 def print_table(result: dict) -> None:
     """One row for each pipeline, and one for the ratio of the runs that stood beside each other."""
-    print(f"{result['hardware']}, {result['num_threads']} threads, {result['parameters'] / 1e6:.2f} M parameters")
+    print(
+        f"{result['hardware']}, {result['num_threads']} threads, {result['parameters'] / 1e6:.2f} M parameters"
+    )
     print(f"{'':14}{'median':>10}{'min':>10}{'max':>10}")
     rows = {f"{name}, img/s": row for name, row in result["images_per_second"].items()}
     for name, row in (rows | {"ours / stock": result["ours_over_stock"]}).items():

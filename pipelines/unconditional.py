@@ -1,8 +1,8 @@
 """Sampling from an unconditional diffusion model, one random stream per image.
 
-The stock `DDPMPipeline` draws the noise of a whole batch at once, so an image changes with its batch, and its scheduler
-waits for the device several times a step. Here image i depends on (seed, i) alone, and the coefficients of the whole
-chain are computed once, from the scheduler, before the first step.
+The stock `DDPMPipeline` draws the noise of a whole batch at once, so an image changes with its batch, and its
+scheduler waits for the device several times a step. Here image i depends on (seed, i) alone, and the
+coefficients of the whole chain are computed once, from the scheduler, before the first step.
 """
 
 import copy
@@ -25,7 +25,8 @@ SIGMA_LEARNED = ("learned", "learned_range")
 class UnconditionalPipeline(DDPMPipeline):
     """A `DDPMPipeline` whose images can be asked for one by one: image i depends on (seed, i) only.
 
-    It loads any folder or Hub id made of a UNet2DModel and a DDPM or DDIM scheduler, and saves a stock `DDPMPipeline`.
+    It loads any folder or Hub id made of a UNet2DModel and a DDPM or DDIM scheduler, and saves a stock
+    `DDPMPipeline`.
 
     Example:
         >>> pipeline = UnconditionalPipeline.from_pretrained("google/ddpm-cifar10-32").to("cuda")
@@ -50,9 +51,10 @@ class UnconditionalPipeline(DDPMPipeline):
     ) -> torch.Tensor:
         """Images number `indices` of the endless series that `seed` names.
 
-        The noise of image i is the same, bit for bit, in every batch; CPU and CUDA generators differ, so it is
-        another image on another kind of device. The network rounds differently for another batch size (or thread
-        count, or GPU), which can move a pixel by one grey level, seldom more: where bits matter, keep these fixed.
+        The noise of image i is the same, bit for bit, in every batch; CPU and CUDA generators differ, so it
+        is another image on another kind of device. The network adds up in another order for another batch
+        *size*, which moves a pixel by a grey level now and then: where bits matter, keep the size and pad. In
+        batches of one size neither the other images nor the position make a difference.
 
         Args:
             indices: numbers of the images, each in [0, 2**32).
@@ -65,7 +67,8 @@ class UnconditionalPipeline(DDPMPipeline):
             uint8 [B, C, H, W] on the pipeline's device.
 
         Raises:
-            ValueError, NotImplementedError: see `denoising_steps` and `image_shape`; or no index, or one out of range.
+            ValueError, NotImplementedError: see `denoising_steps` and `image_shape`; or no index, or one out
+            of range.
         """
         device, indices = self._execution_device, [int(i) for i in indices]
         shape = image_shape(self.unet.config)
@@ -86,9 +89,10 @@ class UnconditionalPipeline(DDPMPipeline):
         x = next(noise_maps(generators, shape, 1, device))
         noise = noise_maps(generators, shape, sum(step.sigma > 0 for step in steps), device)
         clip = self.scheduler.config.clip_sample_range if self.scheduler.config.clip_sample else None
+        dtype = self.unet.dtype  # asked once: it walks through all the modules
         timesteps = torch.tensor([step.timestep for step in steps], device=device).unbind()
         for step, t in zip(self.progress_bar(steps), timesteps, strict=True):
-            output = self.unet(x.to(self.unet.dtype), t).sample.float()
+            output = self.unet(x.to(dtype), t).sample.float()
             x = denoise_step(step, x, output, next(noise) if step.sigma > 0 else None, clip)
         return x
 
@@ -97,7 +101,7 @@ class UnconditionalPipeline(DDPMPipeline):
 
 
 class Step(NamedTuple):
-    """One step of the chain: its timestep, and coefficients as floats, which launch with the kernel that uses them.
+    """One step of the chain. Python floats, not tensors: they travel with the kernel that uses them.
 
     x̂_0     = clip((x0_x · x_t + x0_output · output) / x0_scale)
     x_{t-1} = prev_x0 · x̂_0 + prev_x · x_t + prev_output · output + sigma · noise
@@ -113,7 +117,9 @@ class Step(NamedTuple):
     sigma: float
 
 
-def denoise_step(step: Step, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None, clip: float | None):
+def denoise_step(
+    step: Step, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None, clip: float | None
+):
     """x_t [B, C, H, W] and the network's output for it -> x_{t-1}; see `Step`."""
     x0 = (step.x0_x * x).add_(output, alpha=step.x0_output).div_(step.x0_scale)
     if clip is not None:
@@ -134,8 +140,8 @@ def denoising_steps(
 ) -> list[Step]:
     """The whole chain that `scheduler.step` would walk, from noise to image, as coefficients.
 
-    The tables are float32 and follow the scheduler's own order of operations: 1 - ᾱ_t/ᾱ_{t-1} cancels for small t, and
-    in float64 the first steps would differ from diffusers by 1e-4.
+    The tables are float32 and follow the scheduler's own order of operations: 1 - ᾱ_t/ᾱ_{t-1} cancels for
+    small t, and in float64 the first steps would differ from diffusers by 1e-4.
 
     Raises:
         ValueError: a scheduler, a number of steps, an eta or a skip schedule that cannot be used, by name.
@@ -146,7 +152,8 @@ def denoising_steps(
     timesteps, previous = inference_timesteps(scheduler, num_inference_steps, skip_schedule)
     table, ddim = scheduler.alphas_cumprod.cpu(), isinstance(scheduler, DDIMScheduler)
     last = scheduler.final_alpha_cumprod.cpu() if ddim else torch.ones(())
-    alpha_bar, alpha_bar_prev = table[timesteps], torch.where(previous >= 0, table[previous.clamp(min=0)], last)
+    alpha_bar = table[timesteps]
+    alpha_bar_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], last)
     x0 = predict_x0(scheduler.config.prediction_type, alpha_bar)
     if ddim:
         prev = ddim_previous(scheduler.config.prediction_type, alpha_bar, alpha_bar_prev, eta)
@@ -180,7 +187,7 @@ def ddpm_previous(
     """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDPM eq. 7, for a sub-sequence as well (ᾱ_prev then skips)."""
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
-    # diffusers takes the square root of log(β_t) for fixed_large_log, which is NaN; the variance meant is β_t.
+    # For fixed_large_log, diffusers takes the square root of log(β_t), which is NaN; what is meant is β_t.
     large = variance_type in ("fixed_large", "fixed_large_log")
     variance = beta if large else ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)
     prev_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
@@ -188,7 +195,9 @@ def ddpm_previous(
     return prev_x0, prev_x, 0.0, variance.sqrt() * (timesteps > 0)
 
 
-def ddim_previous(prediction_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float) -> tuple:
+def ddim_previous(
+    prediction_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float
+) -> tuple:
     """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDIM eq. 12, with the σ_t(η) of eq. 16."""
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
@@ -201,30 +210,32 @@ def inference_timesteps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The timesteps of the chain and those they step to, int64 [N] each, descending; -1 stands for the image.
 
-    `uniform` is the scheduler's own `timestep_spacing`; `quadratic` is τ_i = ⌊(c·i)²⌋ of DDIM appendix D.2 with the
-    official code's c (the largest is 0.8 T), less the repeated timesteps, whose steps change nothing: a chain can
-    then be a little shorter than `num_inference_steps`.
+    `uniform` is the scheduler's own `timestep_spacing`; `quadratic` is τ_i = ⌊(c·i)²⌋ of DDIM appendix D.2
+    with the official code's c (the largest is 0.8 T), less the repeated timesteps, whose steps change
+    nothing: a chain can then be a little shorter than `num_inference_steps`.
     """
     trained = scheduler.config.num_train_timesteps
     count = trained if num_inference_steps is None else num_inference_steps
     if not 1 <= count <= trained:
-        raise ValueError(f"num_inference_steps={count} must be in [1, {trained}], the steps this model was trained on")
+        raise ValueError(f"num_inference_steps={count} must be in [1, {trained}], the trained steps")
     if skip_schedule == "quadratic":
         if count == 1:
-            raise ValueError("num_inference_steps=1 leaves a quadratic skip_schedule only the timestep 0: use 2 or more")
+            raise ValueError(
+                "num_inference_steps=1 with a quadratic skip_schedule is t=0 alone: use 2 or more"
+            )
         tau = np.linspace(0, math.sqrt(0.8 * trained), count) ** 2
         timesteps = torch.from_numpy(np.unique(tau.astype(np.int64))[::-1].copy())
     elif skip_schedule == "uniform":
         scheduler.set_timesteps(count)
         timesteps = scheduler.timesteps.cpu()
-        timesteps = timesteps[timesteps >= 0]  # rounding appends a -1 for some counts of trailing steps (61 of 1000)
+        timesteps = timesteps[timesteps >= 0]  # 61 trailing steps and some others get a -1, by rounding
     else:
         raise ValueError(f"skip_schedule={skip_schedule!r} must be 'uniform' or 'quadratic'")
     if timesteps.max() >= trained:
         offset = scheduler.config.steps_offset
-        raise ValueError(f"steps_offset={offset} moves {count} steps beyond the {trained} trained: use fewer steps")
+        raise ValueError(f"steps_offset={offset} moves {count} steps beyond the {trained} trained ones")
     if isinstance(scheduler, DDIMScheduler) and skip_schedule == "uniform":
-        return timesteps, timesteps - trained // count  # not always the next in the list, but what diffusers does
+        return timesteps, timesteps - trained // count  # not always the next one, but diffusers' choice
     return timesteps, torch.cat([timesteps[1:], torch.tensor([-1])])
 
 
@@ -234,11 +245,12 @@ def check_scheduler(scheduler: Any, eta: float = 0.0) -> None:
         raise ValueError(f"{type(scheduler).__name__} is not a DDPMScheduler or a DDIMScheduler")
     config = scheduler.config
     if config.thresholding:
-        raise NotImplementedError("thresholding=True (dynamic thresholding) is not implemented; clip_sample is")
+        raise NotImplementedError("thresholding=True is not implemented; clip_sample is")
     if config.get("variance_type") in SIGMA_LEARNED and isinstance(scheduler, DDPMScheduler):
-        raise NotImplementedError(f"variance_type={config.variance_type!r} (a learned variance) is not implemented")
+        raise NotImplementedError(f"variance_type={config.variance_type!r} is not implemented")
     if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction_type={config.prediction_type!r} must be epsilon, v_prediction or sample")
+        known = "epsilon, v_prediction or sample"
+        raise ValueError(f"prediction_type={config.prediction_type!r} must be {known}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be in [0, 1]")
     if eta > 0 and isinstance(scheduler, DDPMScheduler):
@@ -259,8 +271,8 @@ def mix32(x: int) -> int:
 def image_seed(seed: int, index: int) -> int:
     """The 64-bit generator seed of image `index`; no two (seed, index) share one.
 
-    PyTorch's CPU generator reads only the low 32 bits: they alone are a bijection of `index` for a fixed seed, and of
-    `seed` for a fixed index, so no two images of one run ever start from the same noise.
+    PyTorch's CPU generator reads only the low 32 bits: they alone are a bijection of `index` for a fixed
+    seed, and of `seed` for a fixed index, so no two images of one run ever start from the same noise.
 
     Raises:
         ValueError: seed or index outside [0, 2**32).
@@ -283,8 +295,8 @@ def noise_maps(
 ) -> Iterator[torch.Tensor]:
     """`count` standard normal maps float32 [B, C, H, W], row i from generator i.
 
-    Each is drawn for many steps at once: one launch an image and step would cost as much as the network. How many
-    depends on `shape` and `count`, never on the batch. A map is valid until the next one is asked for.
+    Each is drawn for many steps at once: one launch an image and step would cost as much as the network. How
+    many depends on `shape` and `count`, never on the batch. A map is valid until the next one is asked for.
     """
     steps = max(1, min(NOISE_STEPS, NOISE_VALUES // math.prod(shape)))
     for done in range(0, count, steps):
@@ -301,13 +313,14 @@ def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDI
     """The U-Net's config and the scheduler of a pipeline folder or Hub id; reads no weights.
 
     Raises:
-        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, or a conditional U-Net.
+        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, or a conditional
+            U-Net.
         OSError: no such folder, or no such id on the Hub.
     """
     index = DiffusionPipeline.load_config(name_or_path)
     found = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple)}
     schedulers = ("DDPMScheduler", "DDIMScheduler")
-    if found.keys() != {"unet", "scheduler"} or found["unet"] != "UNet2DModel" or found["scheduler"] not in schedulers:
+    if found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in schedulers]:
         listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
         raise ValueError(
             f"{name_or_path} is a {index.get('_class_name')} of {listed}; an unconditional pipeline has exactly "
@@ -318,7 +331,8 @@ def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDI
         unet_config = UNet2DModel.load_config(name_or_path, subfolder="unet")
         scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
     except OSError:  # the first DDPMs on the Hub (google/ddpm-cifar10-32, ...) keep everything in one folder
-        unet_config, scheduler = UNet2DModel.load_config(name_or_path), scheduler_class.from_pretrained(name_or_path)
+        unet_config = UNet2DModel.load_config(name_or_path)
+        scheduler = scheduler_class.from_pretrained(name_or_path)
     image_shape(unet_config)
     return unet_config, scheduler
 
@@ -339,18 +353,22 @@ def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
     return channels, *((size, size) if isinstance(size, int) else size)
 
 
-def make_grid_image(images: torch.Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+def make_grid_image(
+    images: torch.Tensor, columns: int | None = None, scale: int | None = None
+) -> Image.Image:
     """One picture of many: uint8 [N, C, H, W], grey or RGB, row by row, two black pixels apart.
 
     Args:
         columns: images a row; about a square when None.
-        scale: enlarges each pixel to a square of this side; by default small images become at least 64 pixels wide.
+        scale: enlarges each pixel to a square of this side; by default small images become at least 64 pixels
+            wide.
 
     Raises:
         ValueError: no image, or neither 1 nor 3 channels.
     """
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 [N, 1 or 3, H, W] with N > 0, got {images.dtype} {list(images.shape)}")
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"expected uint8 [N, 1 or 3, H, W] with N > 0, got {found}")
     scale = scale or math.ceil(64 / min(64, *images.shape[2:]))
     images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))))

@@ -76,7 +76,7 @@ def make_timestep_sampler(
     weighting = _lookup(LOSS_WEIGHTINGS, "loss_weighting", weighting_name)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    loss_weights = weighting(noise_scheduler)
+    loss_weights = weighting(noise_scheduler).float()  # as it will be used: EDM's may overflow
     if not (loss_weights.isfinite().all() and (loss_weights > 0).any() and (loss_weights >= 0).all()):
         bad = int((~(loss_weights.isfinite() & (loss_weights >= 0))).nonzero()[0])
         raise ValueError(

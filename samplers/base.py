@@ -67,7 +67,7 @@ class TimestepSampler:
             batch_size: B, of this process.
             generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
         """
-        rank, world_size = _rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         if generator is None:
             generator = self._generator.manual_seed(fold_seed(self.seed, self.num_draws))
         self.num_draws += 1
@@ -112,17 +112,17 @@ class TimestepSampler:
         self._draw_from(self.probabilities)
 
     def _draw_from(self, probabilities):
-        cdf = probabilities.cumsum(0)
+        cdf = probabilities.double().cumsum(0)  # in float32 the last point could round to 1, beyond every timestep
         self._cdf = cdf / cdf[-1]
         self._weights = self.weights
 
     def _draw(self, num_draws, generator):
         """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF."""
         if self.low_discrepancy:
-            offset = torch.rand(1, generator=generator, device=self.device)
+            offset = torch.rand(1, generator=generator, device=self.device, dtype=torch.float64)
             points = (torch.arange(num_draws, device=self.device) + offset) / num_draws
         else:
-            points = torch.rand(num_draws, generator=generator, device=self.device)
+            points = torch.rand(num_draws, generator=generator, device=self.device, dtype=torch.float64)
         return torch.searchsorted(self._cdf, points, right=True).clamp_(max=self.num_train_timesteps - 1)
 
     def _table(self, values):
@@ -135,7 +135,7 @@ def fold_seed(seed, counter, stream=0):
     return ((seed * 2654435761 + stream) * 2654435761 + counter) % 2**32
 
 
-def _rank_and_world_size():
+def rank_and_world_size():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -8,8 +8,8 @@ from .base import TimestepSampler
 class LogNormalSampler(TimestepSampler):
     """log sigma ~ N(p_mean, p_std^2), carried to the discrete schedule and truncated to its range.
 
-    p_t is the normal's mass between the midpoints to the neighbouring timesteps' log sigma. A floor of 1e-9 / T
-    keeps every p_t positive; a larger one, under the weighting `edm` (up to 1e9 at the noisy end), would be felt.
+    p_t is the normal's mass between the midpoints to the neighbouring timesteps' log sigma. A floor keeps
+    every p_t positive; it is divided by the weight, because `edm` weighs the noisy end by up to 1e18.
     The density changes the objective: w_t is the loss weighting alone (EDM's is `edm`).
 
     Args:
@@ -27,4 +27,5 @@ class LogNormalSampler(TimestepSampler):
         last = 2 * log_sigma[-1:] - midpoints[-1:] if log_sigma[-1].isfinite() else log_sigma[-1:]
         edges = torch.cat([first, midpoints, last])
         mass = torch.special.ndtr((edges - self.p_mean) / self.p_std).diff()
-        return mass / mass.sum() + self.floor / schedule.num_train_timesteps
+        floor = self.floor / schedule.num_train_timesteps / self.loss_weights.cpu().double().clamp_min(1.0)
+        return mass / mass.sum() + floor

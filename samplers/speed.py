@@ -26,7 +26,7 @@ class SpeeDSampler(TimestepSampler):
 
     def initial_density(self, schedule):
         t = torch.arange(schedule.num_train_timesteps)
-        tau = convergence_boundary(schedule)
+        tau = convergence_boundary(schedule, "timestep sampler 'speed'")
         self._mirror = torch.where(t < tau, tau - t, t - tau).to(self.device)
         return torch.where(t < tau, self.k, 1.0)
 
@@ -44,19 +44,19 @@ class SpeeDSampler(TimestepSampler):
         return torch.cat([half, self._mirror[half]])
 
 
-def convergence_boundary(schedule):
+def convergence_boundary(schedule, needed_by):
     """tau: the first timestep from which d sqrt(1 - abar_t) / dt stays under 0.1 / T.
 
     Raises:
-        ValueError: the slope is not below that at the end of the schedule.
+        ValueError: there is no such timestep; the message names `needed_by`.
     """
     T = schedule.num_train_timesteps
     slope = torch.gradient((1 - schedule.alphas_cumprod).sqrt())[0]
-    tau = int((slope >= 0.1 / T).nonzero().max()) + 1
-    if tau >= T:
+    rising = slope >= 0.1 / T
+    if rising[-1] or not rising.any():
         raise ValueError(
-            "timestep sampler 'speed' cannot be used with this noise schedule: its noise level still rises at the last "
-            f"timestep ({float(slope[-1]) * T:.3g} / T a timestep, not under 0.1 / T), so SpeeD's boundary tau "
-            "does not exist"
+            f"{needed_by} cannot be used with this noise schedule: its noise level rises by at most "
+            f"{float(slope.max()) * T:.3g} / T and at the last timestep by {float(slope[-1]) * T:.3g} / T, so SpeeD's "
+            "boundary tau, where that falls under 0.1 / T, does not exist"
         )
-    return tau
+    return int(rising.nonzero().max()) + 1

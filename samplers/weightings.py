@@ -27,7 +27,7 @@ def p2(schedule, k=1.0, gamma=1.0):
 def change_aware(schedule, ceiling=0.6):
     """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
     from [min, max] to [1 - ceiling, ceiling] below the boundary tau; 1 above it."""
-    tau = convergence_boundary(schedule)
+    tau = convergence_boundary(schedule, "loss_weighting 'change_aware'")
     change = -schedule.alphas_cumprod_slope
     low, high = change[:tau].min(), change[:tau].max()
     weights = torch.ones_like(change)

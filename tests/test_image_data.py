@@ -215,12 +215,21 @@ def test_missing_split_lists_the_splits(name, tmp_path):
         assert "test" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "no/such/folder", "./digits", "two words", "nosuch/one"])
-def test_a_name_that_is_nothing(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/no/such/folder", "not the name of a Hub dataset"),
+        ("no/such/folder", "not the name of a Hub dataset"),
+        ("./digits", "not the name of a Hub dataset"),
+        ("two words", "not the name of a Hub dataset"),
+        ("nosuch/one", "from the Hugging Face Hub: ConnectionError"),
+    ],
+)
+def test_a_name_that_is_nothing(name, reason, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"--dataset_name {name}.*no such folder") as error:
+    with pytest.raises(ValueError, match=rf"--dataset_name {name}.*no such folder.*{reason}") as error:
         open_source(name, tmp_path)
     assert error.value.__context__ is None  # the traceback of `datasets` would be printed with it
 
@@ -233,7 +242,7 @@ def test_hub_names_go_to_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"--dataset_name uoft-cs/cifar10.*Hub: no network"):
+    with pytest.raises(ValueError, match=r"--dataset_name uoft-cs/cifar10.*Hub: ConnectionError: no network"):
         open_source("uoft-cs/cifar10", tmp_path, dataset_config_name="plain_text", split="test")
     expected = {"path": "uoft-cs/cifar10", "name": "plain_text", "split": "test"}
     assert asked == {**expected, "cache_dir": str(tmp_path / "cache")}
@@ -256,8 +265,9 @@ def test_folder_without_images(tmp_path):
 
 
 def test_no_rows(tmp_path):
-    with pytest.raises(ValueError, match=r"--dataset_name .*parquet: .*holds no images"):
-        open_contents(tmp_path, [encoded(random_pixels(1)[0])], split="train[0:0]")
+    for kind in ("parquet", "saved"):
+        with pytest.raises(ValueError, match=rf"--dataset_name .*{kind} cannot be loaded: "):
+            open_contents(tmp_path, [], kind)
 
 
 def test_single_file(tmp_path):
@@ -267,10 +277,12 @@ def test_single_file(tmp_path):
 
 
 def test_corrupt_parquet(tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "train.parquet").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"--dataset_name .*broken cannot be loaded: .*Parquet"):
-        open_source(tmp_path / "broken", tmp_path)
+    path = write_source("parquet_file", tmp_path, [encoded(p) for p in random_pixels(200)])
+    for content in (b"junk", path.read_bytes()[:-20000] + path.read_bytes()[-8000:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"--dataset_name .*parquet cannot be loaded: ") as error:
+            open_source(path, tmp_path)
+        assert "DatasetGenerationError" not in str(error.value)  # which does not say what is wrong
 
 
 # --------------------------------------------------------------------------------------- image columns
@@ -311,7 +323,8 @@ def test_column_of_raw_bytes_when_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("image_mode", "CMYK"), ("on_bad_image", "ignore"), ("resolution", 0)]
+    ("option", "value"),
+    [("image_mode", "CMYK"), ("on_bad_image", "ignore"), ("resolution", 0)],
 )
 def test_wrong_options_name_their_flag(option, value):
     with pytest.raises(ValueError, match=rf"--{option} {value}"):
@@ -394,6 +407,11 @@ def test_levels_beyond_16_bits_are_bad_not_clipped(values):
 def test_floats_that_are_no_grey_levels_are_bad(values):
     with pytest.raises(BadImage, match=r"outside"):
         decode_image({"bytes": encoded(sixteen_bits(values, "F"), "TIFF"), "path": None})
+
+
+def test_bytes_count_and_not_the_path_they_once_had():
+    entry = {"bytes": encoded(one_pixel("L", 37)), "path": "image.png"}
+    assert decode_image(entry).getpixel((0, 0)) == 37
 
 
 def test_exif_orientation():
@@ -539,6 +557,7 @@ def test_only_bad_images(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 3 images"):
         open_source(source, tmp_path, on_bad_image="skip")
     dataset = open_source(source, tmp_path, on_bad_image="skip", resolution=8)
+    assert dataset.channels == 3  # nothing shows that they are grey
     for look in LOOKS:
         with pytest.raises(ValueError, match=r"no image is left"):
             look(dataset, 1)

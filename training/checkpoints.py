@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .saving import named_save_errors
+
 MANIFEST = "manifest.json"  # {file: crc32} of everything else in the checkpoint
 
 
@@ -29,8 +31,9 @@ def save_checkpoint(accelerator, output_dir, step, process_state, total_limit=No
         remove_partial_checkpoints(output_dir)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    torch.save(process_state, partial / _process_file(accelerator.process_index))
+    with named_save_errors(partial):
+        accelerator.save_state(str(partial))
+        torch.save(process_state, partial / _process_file(accelerator.process_index))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / MANIFEST).write_text(json.dumps(_checksums(partial), indent=1))

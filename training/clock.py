@@ -3,11 +3,13 @@
 import time
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 
 class PhaseClock:
-    """Adds up seconds in one phase at a time: `setup` until another begins, then whichever was entered last.
+    """Adds up seconds in one phase at a time: `setup` from the start of the process until another begins, then
+    whichever was entered last.
 
     Args:
         device: synchronised when a phase ends, so that queued GPU work counts where it belongs.
@@ -17,7 +19,8 @@ class PhaseClock:
     def __init__(self, device=None, seconds=None):
         self.totals = dict(seconds or {})
         self._device = torch.device(device or "cpu")
-        self._phase, self._since = "setup", time.perf_counter()
+        age = time.time() - psutil.Process().create_time()
+        self._phase, self._since = "setup", time.perf_counter() - age
 
     @contextmanager
     def phase(self, name):

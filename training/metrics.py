@@ -100,7 +100,7 @@ class TrainingLog:
         if options.logger != "none":
             purge = {"tensorboard": {"purge_step": step}} if options.logger == "tensorboard" else {}
             accelerator.init_trackers("adaptive-ddpm", init_kwargs=purge)
-        by_time = max_steps is None
+        self.by_time = by_time = max_steps is None
         self.progress = tqdm(
             total=options.max_train_seconds if by_time else max_steps,
             initial=round(self.seconds, 1) if by_time else step,
@@ -112,7 +112,7 @@ class TrainingLog:
 
     def advance(self, step):
         """Move the progress bar."""
-        now = min(self.clock.seconds("train"), self.progress.total) if self.progress.unit == "s" else step
+        now = min(self.clock.seconds("train"), self.options.max_train_seconds) if self.by_time else step
         self.progress.update(now - self.progress.n)
 
     def write(self, step, images_seen, meter, guard, lr_scheduler, sampler, last=False):

@@ -116,7 +116,8 @@ def ema_pipeline(accelerator, unet, ema, noise_scheduler):
     weights = accelerator.get_state_dict(unet)
     pipeline = None
     if accelerator.is_main_process:
-        copy = UNet2DModel.from_config(accelerator.unwrap_model(unet).config)
+        with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
+            copy = UNet2DModel.from_config(accelerator.unwrap_model(unet).config)
         copy.load_state_dict(weights)
         pipeline = DDPMPipeline(copy.eval(), DDPMScheduler.from_config(noise_scheduler.config))
     ema.restore(parameters)

@@ -7,6 +7,7 @@ from pathlib import Path
 from .checkpoints import list_checkpoints, remove_partial_checkpoints
 
 OPTIONS_FILE = "training_options.yaml"
+NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token")  # options of one start, or secret
 RESULTS = (
     OPTIONS_FILE, "metrics.jsonl", "training_summary.json", "timestep_density.png", "README.md",
     "samples", "model_index.json", "unet", "scheduler",
@@ -29,15 +30,14 @@ def claim_output_dir(options):
     if not any(folder.iterdir()):
         return
     if options.overwrite_output_dir:
-        delete_results(folder, options.logging_dir)
-    elif not options.resume_from_checkpoint:
+        return  # `delete_results` comes when the rest of the set-up has shown that the new run can begin
+    if not options.resume_from_checkpoint:
         raise ValueError(
             f"--output_dir {folder}: is not empty. Choose another, go on with the run in it by "
             "--resume_from_checkpoint latest, or delete its results by --overwrite_output_dir"
         )
-    elif not list_checkpoints(folder) and (
-        not (folder / OPTIONS_FILE).exists() or (folder / "model_index.json").exists()
-    ):
+    unfinished_run = (folder / OPTIONS_FILE).exists() and not (folder / "model_index.json").exists()
+    if not list_checkpoints(folder) and not unfinished_run:
         raise ValueError(
             f"--output_dir {folder}: is not empty and has no checkpoint to resume from. Choose another, or delete the "
             "results in it by --overwrite_output_dir"
@@ -67,15 +67,3 @@ def check_disk_space(options, num_parameters):
             f"--output_dir {options.output_dir}: a checkpoint and the pipeline need {needed / 1e6:,.0f} MB, and "
             f"{free / 1e6:,.0f} MB are free"
         )
-
-
-def save_pipeline(pipeline, folder):
-    """Save under a temporary name, then put in place; the index, which makes the folder a pipeline, comes last."""
-    partial = Path(folder) / ".pipeline.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    for name in ("unet", "scheduler"):
-        shutil.rmtree(Path(folder) / name, ignore_errors=True)
-        os.replace(partial / name, Path(folder) / name)
-    os.replace(partial / "model_index.json", Path(folder) / "model_index.json")
-    shutil.rmtree(partial)

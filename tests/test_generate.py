@@ -1,0 +1,410 @@
+"""generate.py from the outside: what it writes, what it refuses, and that a killed run ends with the same files."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
+from PIL import Image
+from pyarrow.parquet import read_table
+
+import generate
+from pipelines import UnconditionalPipeline
+
+FORMATS = ("png", "npz", "parquet")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bits are promised for equal numbers of threads; and tiny networks are faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def tiny_unet(channels=1, seed=0):
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as training saves it: grey 8x8 images, 20 trained steps."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
+    return folder
+
+
+def flags(saved, folder, **options):
+    """The command line; 10 images in blocks of 4 unless told otherwise."""
+    options = {"pipeline": saved, "num_images": 10, "batch_size": 4, "num_inference_steps": 4} | options
+    line = ["--output_dir", str(folder)]
+    for name, value in options.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def run(saved, folder, **options):
+    generate.main(flags(saved, folder, **options))
+    return folder
+
+
+def contents(folder):
+    """Name -> bytes of all files but the record, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "generation.json"}
+
+
+def record(folder):
+    return json.loads((folder / "generation.json").read_text())
+
+
+def read_images(folder, fmt):
+    """uint8 NHWC, through other readers than generate.py's."""
+    if fmt == "npz":
+        with np.load(folder / "images.npz") as arrays:
+            assert arrays.files == ["arr_0"]
+            return arrays["arr_0"]
+    if fmt == "png":
+        pictures = [Image.open(path) for path in sorted(folder.glob("0*.png"))]
+    else:
+        cells = [
+            c for path in sorted(folder.glob("*.parquet")) for c in read_table(path)["image"].to_pylist()
+        ]
+        pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in cells]
+    return np.stack([np.array(picture).reshape(*picture.size[::-1], -1) for picture in pictures])
+
+
+# What it writes
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_formats_hold_what_the_pipeline_samples(saved, tmp_path, fmt):
+    folder = run(saved, tmp_path, format=fmt, seed=7)
+    pipeline = UnconditionalPipeline.from_pretrained(saved)
+    blocks = [pipeline.sample(range(i, i + 4), seed=7, num_inference_steps=4) for i in (0, 4, 8)]
+    expected = torch.cat(blocks)[:10].permute(0, 2, 3, 1).numpy()
+    images = read_images(folder, fmt)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, expected)
+    files = {"png": [f"{i:06d}.png" for i in range(10)], "npz": ["images.npz"]}
+    shards = ["000000-000003.parquet", "000004-000007.parquet", "000008-000009.parquet"]
+    assert sorted(contents(folder)) == sorted([*files.get(fmt, shards), "grid.png"])
+    assert Image.open(folder / "grid.png").size == (4 * 66 + 2, 3 * 66 + 2)
+
+
+def test_npz_is_what_numpy_would_save(saved, tmp_path):
+    folder = run(saved, tmp_path, format="npz")
+    plain = io.BytesIO()
+    np.savez(plain, read_images(folder, "npz"))
+    assert (folder / "images.npz").read_bytes() == plain.getvalue()
+
+
+def test_parquet_loads_as_a_dataset_of_images(saved, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = run(saved, tmp_path / "out", format="parquet")
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(rows) == 10
+    assert rows[0]["image"].size == (8, 8)
+
+
+def test_colour_images(tmp_path):
+    pipeline = DDPMPipeline(unet=tiny_unet(channels=3), scheduler=DDPMScheduler(num_train_timesteps=20))
+    pipeline.save_pretrained(tmp_path / "rgb")
+    for fmt in FORMATS:
+        folder = run(tmp_path / "rgb", tmp_path / fmt, format=fmt, num_images=5)
+        assert read_images(folder, fmt).shape == (5, 8, 8, 3)
+        assert Image.open(folder / "grid.png").mode == "RGB"
+
+
+def test_record_tells_how_the_images_were_made(saved, tmp_path):
+    found = record(run(saved, tmp_path, sampler="ddim", eta=0.5, skip_schedule="quadratic", seed=3))
+    settings = found["settings"]
+    assert (found["status"], found["num_images"], found["new_images"]) == ("complete", 10, 10)
+    assert found["images_per_second"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert (settings["sampler"], settings["eta"], settings["seed"]) == ("ddim", 0.5, 3)
+    assert (settings["num_inference_steps"], settings["skip_schedule"]) == (4, "quadratic")
+    assert settings["scheduler"]["class"] == "DDIMScheduler"
+    assert settings["scheduler"]["num_train_timesteps"] == 20
+    assert settings["pipeline"] == str(saved)
+
+
+def test_default_steps(saved, tmp_path):
+    for sampler, trained, steps in (("ddpm", 20, 20), ("ddim", 20, 20), ("ddim", 150, 100)):
+        pipeline = tmp_path / f"pipeline{trained}"
+        DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler(num_train_timesteps=trained)).save_pretrained(
+            pipeline
+        )
+        out = tmp_path / f"{sampler}{trained}"
+        generate.main(
+            f"--pipeline {pipeline} --output_dir {out} --num_images 1 --batch_size 1 --sampler {sampler}".split()
+        )
+        assert record(out)["settings"]["num_inference_steps"] == steps
+
+
+def test_either_sampler_from_either_scheduler(saved, tmp_path):
+    ddim = DDIMScheduler(num_train_timesteps=20)
+    DDPMPipeline(unet=tiny_unet(), scheduler=ddim).save_pretrained(tmp_path / "ddim")
+    for sampler in ("ddpm", "ddim"):
+        a = run(saved, tmp_path / f"a-{sampler}", sampler=sampler)
+        b = run(tmp_path / "ddim", tmp_path / f"b-{sampler}", sampler=sampler)
+        assert contents(a) == contents(b)
+    assert contents(tmp_path / "a-ddpm") != contents(tmp_path / "a-ddim")
+
+
+def test_bf16_and_no_grid(saved, tmp_path):
+    folder = run(saved, tmp_path / "bf16", mixed_precision="bf16", grid_images=0)
+    assert "grid.png" not in contents(folder)
+    difference = read_images(folder, "png").astype(int) - read_images(run(saved, tmp_path / "no"), "png")
+    assert 0 < np.abs(difference).max() < 60  # another precision, the same images
+
+
+# Interrupted and extended runs
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("renames", range(5))
+def test_a_run_that_dies_in_a_write_resumes_to_the_same_files(saved, tmp_path, monkeypatch, fmt, renames):
+    """Die at the n-th rename, with a half-written file left behind: the record, the first images, a shard, the merge."""
+    expected = contents(run(saved, tmp_path / "whole", format=fmt))
+    folder, replace, left = tmp_path / "broken", os.replace, [renames]
+
+    def dying(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            os.truncate(source, os.path.getsize(source) // 2)
+            raise OSError(errno.EIO, "died")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.os, "replace", dying)
+        with pytest.raises(SystemExit, match="died"):
+            run(saved, folder, format=fmt)
+    assert contents(folder) != expected
+    assert contents(run(saved, folder, format=fmt)) == expected
+    assert record(folder)["status"] == "complete"
+
+
+def test_a_killed_process_resumes_to_the_same_files(saved, tmp_path):
+    options = {"num_images": 1200, "num_inference_steps": 1, "grid_images": 4}
+    folder = tmp_path / "killed"
+    script = [sys.executable, generate.__file__]
+    process = subprocess.Popen([*script, *flags(saved, folder, **options)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / "000040.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = {name: data for name, data in contents(folder).items() if name.endswith(".png")}
+    assert 40 < len(left) < 1200
+    assert record(folder)["status"] == "running"
+
+    run(saved, folder, **options)
+    assert record(folder)["new_images"] <= 1200 - len(left) + 4 * 50  # it did go on
+    whole = contents(run(saved, tmp_path / "whole", **options))
+    assert whole == contents(folder)
+    assert left.items() <= whole.items()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_more_images_extend_the_folder(saved, tmp_path, fmt):
+    expected = contents(run(saved, tmp_path / "ten", format=fmt))
+    folder = run(saved, tmp_path / "six", format=fmt, num_images=6)
+    assert contents(run(saved, folder, format=fmt)) == expected
+    assert record(folder)["new_images"] == 6  # the last block, half of which was there, and a new one
+
+
+def test_a_complete_folder_is_left_alone(saved, tmp_path):
+    folder = run(saved, tmp_path)
+    before, known = contents(folder), record(folder)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    run(saved, folder)
+    assert contents(folder) == before
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")} == times
+    assert record(folder) == known  # the speed of the run that made the images
+
+
+def test_two_processes_write_the_same_files(saved, tmp_path):
+    expected = contents(run(saved, tmp_path / "one", num_images=19))
+    # with --cpu, accelerate would start one process; ACCELERATE_USE_CPU is set above
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *launch.split(),
+            "--main_process_port=0",
+            generate.__file__,
+        ]
+        + flags(saved, tmp_path / "two", num_images=19),
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert contents(tmp_path / "two") == expected
+    assert record(tmp_path / "two")["num_processes"] == 2
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_images": 0}, "--num_images 0 must be 1 or more"),
+        ({"batch_size": -4}, "--batch_size -4 must be 1 or more"),
+        ({"grid_images": -1}, "--grid_images -1 must be 0 or more"),
+        ({"seed": -1}, "--seed -1 must be in"),
+        ({"num_inference_steps": 0}, r"num_inference_steps=0 must be in \[1, 20\]"),
+        ({"num_inference_steps": 21}, r"num_inference_steps=21 must be in \[1, 20\]"),
+        ({"eta": 0.5}, "--eta 0.5 belongs to --sampler ddim"),
+        ({"eta": 2, "sampler": "ddim"}, r"eta=2.0 must be in \[0, 1\]"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
+        ({"pipeline": "./nowhere"}, "--pipeline ./nowhere: no such folder"),
+        ({"pipeline": "/"}, "--pipeline / is no pipeline's folder or Hub id"),
+    ],
+)
+def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch, options, match):
+    monkeypatch.setattr(UnconditionalPipeline, "from_pretrained", None)
+    with pytest.raises(SystemExit, match=match):
+        run(saved, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_and_choices_are_refused(saved, tmp_path, capsys):
+    for options, message in (({"step": 3}, "--step"), ({"sampler": "euler"}, "invalid choice: 'euler'")):
+        with pytest.raises(SystemExit):
+            run(saved, tmp_path / "out", **options)
+        assert message in capsys.readouterr().err
+
+
+def test_other_pipelines_are_refused_by_what_they_are(tmp_path):
+    pipeline = LDMPipeline(
+        vqvae=VQModel(block_out_channels=(32,)), unet=tiny_unet(3), scheduler=DDIMScheduler()
+    )
+    pipeline.save_pretrained(tmp_path / "ldm")
+    with pytest.raises(
+        SystemExit, match=r"is a LDMPipeline of scheduler=DDIMScheduler, unet=UNet2DModel, vqvae=VQModel"
+    ):
+        run(tmp_path / "ldm", tmp_path / "out")
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "vae")
+    with pytest.raises(SystemExit, match=r"model_index.json"):
+        run(tmp_path / "vae", tmp_path / "out")
+    DDPMPipeline(unet=tiny_unet(4), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "four")
+    with pytest.raises(SystemExit, match="makes 4 channels"):
+        run(tmp_path / "four", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"num_images": 6}, "num_images was 10, now 6"),
+        ({"batch_size": 5}, "batch_size was 4, now 5"),
+        ({"num_inference_steps": 5}, "num_inference_steps was 4, now 5"),
+        ({"sampler": "ddim"}, "sampler was 'ddpm', now 'ddim'"),
+        ({"format": "npz"}, "format was 'png', now 'npz'"),
+    ],
+)
+def test_other_settings_are_refused_by_name(saved, tmp_path, options, match):
+    folder = run(saved, tmp_path / "out")
+    before = contents(folder)
+    with pytest.raises(SystemExit, match=match):
+        run(saved, folder, **options)
+    assert contents(folder) == before
+    (folder / "notes.txt").write_text("mine")
+    run(saved, folder, overwrite_output_dir=True, **options)
+    assert contents(folder) == contents(run(saved, tmp_path / "fresh", **options)) | {"notes.txt": b"mine"}
+
+
+def test_other_weights_are_refused(saved, tmp_path):
+    scheduler = DDPMScheduler(num_train_timesteps=20)
+    for seed in (1, 2):
+        DDPMPipeline(unet=tiny_unet(seed=seed), scheduler=scheduler).save_pretrained(tmp_path / "pipeline")
+        if seed == 1:
+            run(tmp_path / "pipeline", tmp_path / "out")
+    with pytest.raises(SystemExit, match="weights was"):
+        run(tmp_path / "pipeline", tmp_path / "out")
+
+
+def test_foreign_folders_are_left_alone(saved, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"is not empty \(photo.png"):
+        run(saved, tmp_path)
+    run(saved, tmp_path, overwrite_output_dir=True)
+    assert (tmp_path / "photo.png").read_bytes() == b"mine"
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "000001.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"000001.png that generate.py did not write"):
+        run(saved, other, overwrite_output_dir=True)
+    assert (other / "000001.png").read_bytes() == b"mine"
+    with pytest.raises(SystemExit, match="is a file"):
+        run(saved, tmp_path / "photo.png")
+
+
+def test_the_same_command_with_overwrite_resumes(saved, tmp_path):
+    """Equal settings make equal images: there is nothing to throw away."""
+    folder = run(saved, tmp_path, overwrite_output_dir=True)
+    (folder / "000005.png").unlink()
+    run(saved, folder, overwrite_output_dir=True)
+    assert record(folder)["new_images"] == 4
+
+
+def test_a_full_disk_ends_the_run_with_a_message(saved, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit, match=r"cannot write .*\.png: .*No space left on device"):
+        run(saved, tmp_path)
+
+
+def test_the_writer_waits_for_a_slow_disk(tmp_path):
+    written = []
+
+    def slow(file):
+        time.sleep(0.02)
+        written.append(file.name)
+
+    with generate.Writer(limit=3, threads=1) as writer:
+        for i in range(8):
+            writer.submit(tmp_path / f"{i}", slow)
+            assert i + 1 - len(written) <= 5  # three that wait, one at work, one just done
+    assert sorted(os.listdir(tmp_path)) == [str(i) for i in range(8)]

@@ -1,0 +1,214 @@
+"""A run killed at any moment and resumed is the run that was never stopped, bit for bit."""
+
+import functools
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def kill_at(script, module, function, call, after):
+    """SIGKILL this process before (or after) call number `call` of a function that the run makes."""
+    import importlib
+
+    module = importlib.import_module(module)
+    original = getattr(module, function)
+    calls = iter(range(1, 10**6))
+
+    def deadly(*args, **kwargs):
+        now = next(calls) == call
+        if now and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, function, deadly)
+
+
+def signal_at(script, step, number):
+    """Send this process a signal within a training step."""
+    original = script.epsilon_losses
+    calls = iter(range(10**6))
+
+    def interrupted(*args):
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    script.epsilon_losses = interrupted
+
+
+def final_state(folder):
+    """Everything that a run ends with: weights, optimiser, average, sampler and log."""
+    checkpoint = folder / "checkpoint-24"
+    state = torch.load(checkpoint / "process_state_0.pt")
+    state.pop("seconds")
+    return {
+        "unet": load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+        "weights": load_file(checkpoint / "model.safetensors"),
+        "optimizer": torch.load(checkpoint / "optimizer.bin", weights_only=False)["state"],
+        "state": state,
+    }
+
+
+def assert_identical(a, b, where="run"):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    from conftest import Run
+
+    return Run(tmp_path_factory.mktemp("reference") / "run").wait()
+
+
+KILLS = {
+    "in the first step": ("train_adaptive_ddpm", "epsilon_losses", 1, False),
+    "between two checkpoints": ("train_adaptive_ddpm", "epsilon_losses", 16, False),
+    "as a save begins": ("train_adaptive_ddpm", "save_checkpoint", 2, False),
+    "inside a save, without the sampler": ("training.checkpoints", "read_nothing", 0, False),
+    "inside a save, before the rename": ("training.checkpoints", "_checksums", 2, True),
+    "before old checkpoints are deleted": ("training.checkpoints", "list_checkpoints", 3, False),
+    "before the pipeline is saved": ("train_adaptive_ddpm", "save_pipeline", 1, False),
+    "inside the saving of the pipeline": ("training.saving", "named_save_errors", 1, True),
+}
+del KILLS["inside a save, without the sampler"]
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_resumed(train, never_stopped, kill):
+    train("run", tamper=functools.partial(kill_at, **dict(zip(("module", "function", "call", "after"), KILLS[kill])))).wait(
+        -signal.SIGKILL
+    )
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+    assert resumed.metrics == never_stopped.metrics
+    assert not list(resumed.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(train, never_stopped, number):
+    stopped = train("run", tamper=functools.partial(signal_at, step=14, number=number)).wait(0)
+    assert (stopped.folder / "checkpoint-15").is_dir()
+    assert json.loads((stopped.folder / "training_summary.json").read_text())["stopped_by"] == "signal"
+    assert "--resume_from_checkpoint latest" in stopped.output
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+    assert resumed.metrics == never_stopped.metrics
+
+
+def test_killed_from_outside_at_no_chosen_moment(train, never_stopped):
+    run = train("run", tamper=functools.partial(slow_down, seconds=0.05))
+    while not list(run.folder.glob("checkpoint-6")):
+        time.sleep(0.01)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait(-signal.SIGKILL)
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+
+
+def slow_down(script, seconds):
+    original = script.epsilon_losses
+    script.epsilon_losses = lambda *args: (time.sleep(seconds), original(*args))[1]
+
+
+@pytest.mark.parametrize("harm", ["cut short", "changed", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, never_stopped, harm):
+    run = train("run", "--max_train_steps", 12).wait()
+    newest = run.folder / "checkpoint-12"
+    victim = newest / ("manifest.json" if harm == "no manifest" else "optimizer.bin")
+    content = victim.read_bytes()
+    if harm == "cut short":
+        victim.write_bytes(content[:-100])
+    elif harm == "changed":
+        victim.write_bytes(content[:500] + b"x" + content[501:])
+    else:
+        victim.unlink()
+    refused = train("run", "--resume_from_checkpoint", newest).wait(1)
+    assert "--resume_from_checkpoint" in refused.output.splitlines()[-1]
+    assert victim.name in refused.output.splitlines()[-1]
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert "checkpoint-12 cannot be read and is passed over" in resumed.output
+    assert "resumed from" in resumed.output
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+    assert resumed.metrics == never_stopped.metrics
+
+
+def test_a_run_can_be_made_longer(train, never_stopped):
+    train("run", "--max_train_steps", 14).wait()
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert "max_train_steps 24, which was 14" in resumed.output
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+    assert resumed.metrics == never_stopped.metrics
+
+
+def test_latest_without_a_checkpoint_starts_a_run(train, never_stopped):
+    run = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert_identical(final_state(run.folder), final_state(never_stopped.folder))
+
+
+def test_another_sampler_cannot_take_over(train):
+    train("run", "--max_train_steps", 6).wait()
+    run = train("run", "--resume_from_checkpoint", "latest", "--method", "ddpm").wait(1)
+    assert "AdaptiveSampler" in run.output
+    assert "UniformSampler" in run.output
+
+
+def test_streamed_data_resume_alike(train):
+    flags = ("--data_placement", "stream", "--dataloader_num_workers", 1)
+    whole = train("whole", *flags).wait()
+    train("run", *flags, tamper=functools.partial(signal_at, step=8, number=signal.SIGTERM)).wait()
+    resumed = train("run", *flags, "--resume_from_checkpoint", "latest").wait()
+    assert_identical(final_state(resumed.folder), final_state(whole.folder))
+
+
+# Updates that are not finite
+
+
+def poison(script, steps):
+    """Make the loss NaN in these steps."""
+    original = script.epsilon_losses
+    calls = iter(range(10**6))
+
+    def poisoned(*args):
+        losses = original(*args)
+        return losses * float("nan") if next(calls) in steps else losses
+
+    script.epsilon_losses = poisoned
+
+
+def test_a_nan_is_skipped_counted_and_does_no_harm(train):
+    run = train("run", "--no_use_ema", "--max_train_steps", 6, tamper=functools.partial(poison, steps={5})).wait()
+    assert run.metrics[-1]["skipped_updates"] == 1
+    five = train("five", "--no_use_ema", "--max_train_steps", 5).wait()
+    after_nan, before = (
+        load_file(r.folder / "unet" / "diffusion_pytorch_model.safetensors") for r in (run, five)
+    )
+    assert_identical(after_nan, before)
+
+
+def test_the_sampler_and_the_log_outlive_a_nan(train):
+    run = train("run", tamper=functools.partial(poison, steps={3, 9, 10})).wait()
+    assert [r["skipped_updates"] for r in run.metrics] == [1, 1, 3, 3, 3, 3]
+    assert all(r["loss"] > 0 for r in run.metrics)
+    assert all(torch.isfinite(v).all() for v in final_state(run.folder)["weights"].values())
+
+
+def test_too_many_nans_in_a_row_stop_the_run(train):
+    run = train("run", "--max_nonfinite_steps", 4, tamper=functools.partial(poison, steps=range(9, 24))).wait(1)
+    assert "--max_nonfinite_steps 4" in run.output.splitlines()[-1]
+    assert not (run.folder / "checkpoint-24").exists()
+    assert (run.folder / "checkpoint-6").exists()

@@ -1,0 +1,186 @@
+"""The main job, on real digits: images in, a stock diffusers pipeline out."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, TINY_UNET
+from diffusers import DDPMPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from samplers import METHODS
+
+
+# Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
+# small ones; with a large epsilon it is SGD with momentum, under which equal gradients stay equal within rounding.
+SMOOTH = ("--unet", json.dumps({**TINY_UNET, "dropout": 0.0}), "--adam_epsilon", "1", "--learning_rate", "0.1")
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def distance(a, b):
+    """Largest relative difference between two sets of weights."""
+    return max(float((a[k] - b[k]).norm() / (b[k].norm() + 1e-12)) for k in b)
+
+
+def noise_from_image(script):
+    """Tie each image's noise to its pixels, in place of its position in the batch."""
+
+    def noise_of(images, generator, rank, world_size):
+        seeds = images.flatten(1).long() @ torch.arange(1, images[0].numel() + 1)
+        noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+        return torch.zeros(len(images), dtype=torch.bool), torch.stack(noise)
+
+    script.draw_flips_and_noise = noise_of
+
+
+def test_a_run_leaves_everything_it_promises(train):
+    run = train("run", "--logger", "tensorboard", "--save_images_epochs", 1, "--train_batch_size", 80).wait()
+    assert run.folder.joinpath("model_index.json").exists()
+    index = json.loads((run.folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert [r["step"] for r in run.metrics] == [4, 8, 12, 16, 20, 24]
+    assert [r["images"] for r in run.metrics] == [80 * r["step"] for r in run.metrics]
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    for name in ("final", "step-0000023"):  # 23 * 80 is the first multiple of the batch after one epoch of 1797
+        assert Image.open(run.folder / "samples" / f"{name}.png").size[0] > 8
+    assert Image.open(run.folder / "timestep_density.png").size[0] > 400
+    assert list(run.folder.glob("logs/**/events.out.tfevents*"))
+    summary = json.loads((run.folder / "training_summary.json").read_text())
+    assert set(summary["seconds"]) == {"setup", "train", "save", "preview"}
+    assert summary["stopped_by"] == "steps"
+    card = (run.folder / "README.md").read_text()
+    for part in ("digits", "adaptive", "bell", "max_train_steps 24", "samples/final.png", "from_pretrained"):
+        assert part in card
+    assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-24"]
+
+
+def test_the_result_loads_in_diffusers_alone(train, tmp_path):
+    run = train("run").wait()
+    code = (
+        "import sys; from diffusers import DDPMPipeline;"
+        f"p = DDPMPipeline.from_pretrained({str(run.folder)!r}); p.set_progress_bar_config(disable=True);"
+        "image = p(num_inference_steps=2).images[0]; assert image.size == (8, 8), image.size;"
+        "assert not {'samplers', 'pipelines', 'image_data', 'training'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(train, method):
+    run = train(method, "--method", method, "--max_train_steps", 60, "--logging_steps", 10).wait()
+    uniform_loss = [
+        sum(v for v in r["loss_by_timestep"] if v is not None) / sum(v is not None for v in r["loss_by_timestep"])
+        for r in run.metrics
+    ]
+    assert uniform_loss[-1] < 0.8 * uniform_loss[0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_prediction_types_and_schedules(train, prediction_type, schedule):
+    flags = ("--prediction_type", prediction_type, "--ddpm_beta_schedule", schedule, "--max_train_steps", 8)
+    run = train("run", *flags).wait()
+    assert all(math.isfinite(r["loss"]) for r in run.metrics)
+    scheduler = DDPMPipeline.from_pretrained(run.folder).scheduler.config
+    assert (scheduler.prediction_type, scheduler.beta_schedule) == (prediction_type, schedule)
+
+
+def test_cifar10_recipe_is_ddpm():
+    """35.7 M parameters, the settings of google/ddpm-cifar10-32, fixed-large variance, as published."""
+    from train_adaptive_ddpm import command_line
+    from training.models import build_noise_scheduler, build_unet
+
+    options = command_line(["--config", str(REPOSITORY / "configs" / "cifar10.yaml")])
+    unet = build_unet(options, channels=3, resolution=options.resolution)
+    assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+    published = UNet2DModel(
+        act_fn="silu", attention_head_dim=None, block_out_channels=[128, 256, 256, 256], center_input_sample=False,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], downsample_padding=0,
+        flip_sin_to_cos=False, freq_shift=1, in_channels=3, layers_per_block=2, mid_block_scale_factor=1,
+        norm_eps=1e-6, norm_num_groups=32, out_channels=3, resnet_time_scale_shift="default", sample_size=32,
+        time_embedding_type="positional", up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    )  # fmt: skip
+    ours, theirs = ({k: v for k, v in u.config.items() if not k.startswith("_")} for u in (unet, published))
+    assert {k: v for k, v in ours.items() if v != theirs[k]} == {"dropout": 0.1}
+    assert build_noise_scheduler(options).config.variance_type == "fixed_large"
+    assert (options.adam_beta1, options.learning_rate, options.lr_warmup_steps) == (0.9, 2e-4, 5000)
+    assert (options.train_batch_size, options.ema_max_decay, options.random_flip) == (128, 0.9999, True)
+
+
+def test_default_unet_is_ddpms_at_any_resolution():
+    from training.models import default_unet_config
+
+    assert default_unet_config(32)["block_out_channels"] == [128, 256, 256, 256]
+    assert default_unet_config(32)["down_block_types"][1] == "AttnDownBlock2D"
+    assert default_unet_config(256)["block_out_channels"] == [128, 128, 256, 256, 512, 512]
+    for resolution in (8, 16, 28, 32, 48, 64, 100, 128, 256):
+        config = default_unet_config(resolution)
+        assert resolution % 2 ** (len(config["block_out_channels"]) - 1) == 0
+        assert resolution >> (len(config["block_out_channels"]) - 1) >= 4
+
+
+def test_accumulated_batches_add_up_to_one(train):
+    """With the noise tied to the image, 2 x 8 images with accumulation train as 16 do."""
+    flags = (*SMOOTH, "--max_train_steps", 8)
+    whole = train("whole", *flags, "--train_batch_size", 16, tamper=noise_from_image).wait()
+    parts = train(
+        "parts", *flags, "--train_batch_size", 8, "--gradient_accumulation_steps", 2, tamper=noise_from_image
+    ).wait()
+    assert distance(weights(parts.folder), weights(whole.folder)) < 1e-4
+    assert parts.metrics[-1]["images"] == whole.metrics[-1]["images"] == 8 * 16
+    assert parts.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["adaptive", "speed"])
+def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
+    """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
+    noise, together those of one process, and that their sampler tables agree."""
+    flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip"]
+    one = train("one", *flags, "--train_batch_size", 16)
+    launch = ["accelerate.commands.launch", "--config_file", REPOSITORY / "accelerate_configs" / "cpu.yaml"]
+    command = [sys.executable, "-m", *launch, "--num_processes=2", "--main_process_port=0"]
+    command += [REPOSITORY / "train_adaptive_ddpm.py", *TINY, "--output_dir", tmp_path / "two", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    one.wait()
+    assert distance(weights(tmp_path / "two"), weights(one.folder)) < 1e-4
+    states = [torch.load(tmp_path / "two" / "checkpoint-24" / f"process_state_{rank}.pt") for rank in (0, 1)]
+    single = torch.load(one.folder / "checkpoint-24" / "process_state_0.pt")
+    for name, table in states[0]["sampler"].items():
+        if torch.is_tensor(table) and name != "pending":
+            assert torch.equal(table, states[1]["sampler"][name]), name
+            torch.testing.assert_close(table, single["sampler"][name], rtol=1e-3, atol=1e-4)
+    log = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(log, one.metrics, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["images"] == theirs["images"]
+
+
+def test_compiled_training_matches_eager(train):
+    flags = (*SMOOTH, "--max_train_steps", 12)
+    eager, compiled = train("eager", *flags).wait(), train("compiled", *flags, "--compile").wait()
+    assert distance(weights(compiled.folder), weights(eager.folder)) < 1e-4
+    assert "warm_up" in json.loads((compiled.folder / "training_summary.json").read_text())["seconds"]
+
+
+def test_bf16_trains(train):
+    run = train("run", "--mixed_precision", "bf16", "--max_train_steps", 8).wait()
+    assert weights(run.folder)["conv_in.weight"].dtype == torch.float32
+    assert all(math.isfinite(r["loss"]) for r in run.metrics)
+
+
+def test_time_budget_counts_training_alone(train):
+    run = train("run", "--max_train_steps", 100000, "--max_train_seconds", 2, "--save_images_epochs", 1).wait()
+    summary = json.loads((run.folder / "training_summary.json").read_text())
+    assert summary["stopped_by"] == "seconds"
+    assert 2 <= summary["seconds"]["train"] < 4
+    assert len(run.metrics) * 4 >= summary["steps"]
