@@ -4,9 +4,9 @@
 
 Image i depends on the weights, the seed and i, not on how many processes share the work. A killed run goes on
 where it stopped when the same command is given again, and ends with the same files; a larger --num_images
-extends the folder. With another batch size or device the network rounds differently, so these are settings that
-a folder keeps. On a CPU, several processes need `--config_file accelerate_configs/cpu.yaml --num_processes 2`:
-with its own --cpu, accelerate starts a single one.
+extends the folder. With another batch size or device the network rounds differently, so these are settings
+that a folder keeps. On a CPU, several processes need `accelerate launch --multi_gpu --num_processes 2`, odd as
+it reads: with --cpu, accelerate starts a single one.
 """
 
 import hashlib
@@ -216,14 +216,16 @@ def on_main(state: PartialState, function: Callable[[], Any]) -> Any:
 def read_settings(args, scheduler, unet: UNet2DModel, device: torch.device) -> dict[str, Any]:
     """All that decides what image i looks like, as JSON has it; two runs into one folder must agree on it."""
     config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k[0] != "_"}
-    names = "num_inference_steps skip_schedule seed batch_size format mixed_precision compile".split()
+    more = ("num_inference_steps", "skip_schedule", "seed", "batch_size", "format")
     return {
         "pipeline": str(Path(args.pipeline).resolve()) if Path(args.pipeline).is_dir() else args.pipeline,
         "weights": fingerprint(unet),
         "scheduler": {"class": type(scheduler).__name__, **config},
         "sampler": args.sampler,
         "eta": (args.eta or 0.0) if args.sampler == "ddim" else None,
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in more},
+        "mixed_precision": args.mixed_precision,
+        "compile": args.compile,
         "device": device.type,
     }
 

@@ -39,7 +39,7 @@ ROWS_PER_TASK = 64  # images a thread decodes before it reports: a smooth bar at
 
 
 class BadImage(ValueError):
-    """This one image cannot be decoded; the message says why."""
+    """An image cannot be decoded; the message says which and why."""
 
 
 def decode_image(entry):
@@ -261,7 +261,7 @@ def _bad_images_summary(name, bad):
 
 def _bad_images_error(name, bad, num_images):
     hint = " (--on_bad_image skip leaves such images out)" if len(bad) < num_images else " (no image is left)"
-    return ValueError(_bad_images_summary(name, bad) + hint)
+    return BadImage(_bad_images_summary(name, bad) + hint)
 
 
 class ImageDataset(torch.utils.data.Dataset):

@@ -40,7 +40,7 @@ def parse_options(options_class, argv=None):
                 values[name] = JsonDict({**value, **values[name]})
         return options_class(**values)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
 def config_flag(argv):

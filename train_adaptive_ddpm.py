@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers.hf_argparser import HfArg
 
-from image_data import normalize, open_images, training_batches
+from image_data import BadImage, normalize, open_images, training_batches
 from pipelines import UnconditionalPipeline, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
@@ -324,7 +324,7 @@ def main(options):
     log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)
     unet.train()
-    with clock.phase("train"), one_line_errors(FloatingPointError, OSError), closing(log):
+    with clock.phase("train"), one_line_errors(FloatingPointError, OSError, BadImage), closing(log):
         while (reason := stop.reason(step)) is None:
             images = next(batches)
             drawn = sampler.sample(len(images))

@@ -119,9 +119,8 @@ def cpu_name() -> str:
 
 def print_table(result: dict) -> None:
     """One row for each pipeline, and one for the ratio of the runs that stood beside each other."""
-    print(
-        f"{result['hardware']}, {result['num_threads']} threads, {result['parameters'] / 1e6:.2f} M parameters"
-    )
+    size = f"{result['parameters'] / 1e6:.2f} M parameters"
+    print(f"{result['hardware']}, {result['num_threads']} threads, {size}")
     print(f"{'':14}{'median':>10}{'min':>10}{'max':>10}")
     rows = {f"{name}, img/s": row for name, row in result["images_per_second"].items()}
     for name, row in (rows | {"ours / stock": result["ours_over_stock"]}).items():

@@ -53,8 +53,7 @@ class UnconditionalPipeline(DDPMPipeline):
 
         The noise of image i is the same, bit for bit, in every batch; CPU and CUDA generators differ, so it
         is another image on another kind of device. The network adds up in another order for another batch
-        *size*, which moves a pixel by a grey level now and then: where bits matter, keep the size and pad. In
-        batches of one size neither the other images nor the position make a difference.
+        *size*, which moves a pixel by a grey level now and then: where bits matter, keep the size and pad.
 
         Args:
             indices: numbers of the images, each in [0, 2**32).
@@ -184,7 +183,7 @@ def predict_epsilon(prediction_type: str, alpha_bar: torch.Tensor) -> tuple:
 def ddpm_previous(
     variance_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, timesteps: torch.Tensor
 ) -> tuple:
-    """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDPM eq. 7, for a sub-sequence as well (ᾱ_prev then skips)."""
+    """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDPM eq. 7, which holds for a sub-sequence as well."""
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     # For fixed_large_log, diffusers takes the square root of log(β_t), which is NaN; what is meant is β_t.
@@ -323,7 +322,7 @@ def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDI
     if found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in schedulers]:
         listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
         raise ValueError(
-            f"{name_or_path} is a {index.get('_class_name')} of {listed}; an unconditional pipeline has exactly "
+            f"{name_or_path} is a {index.get('_class_name')} of {listed}; an unconditional pipeline has just "
             f"unet=UNet2DModel and scheduler={' or '.join(schedulers)}"
         )
     scheduler_class = getattr(diffusers, found["scheduler"])

@@ -18,9 +18,30 @@ SHARED = REPOSITORY.parent / "shared"
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["train_adaptive_ddpm"])
 
-TINY = """--dataset_name digits --resolution 8 --train_batch_size 8 --max_train_steps 24 --checkpointing_steps 6
-    --learning_rate 1e-3 --lr_warmup_steps 4 --logging_steps 4 --eval_batch_size 2 --ddpm_num_inference_steps 2
-    --logger none""".split()
+TINY = [
+    "--dataset_name",
+    "digits",
+    "--resolution",
+    "8",
+    "--train_batch_size",
+    "8",
+    "--max_train_steps",
+    "24",
+    "--learning_rate",
+    "1e-3",
+    "--lr_warmup_steps",
+    "4",
+    "--logging_steps",
+    "4",
+    "--checkpointing_steps",
+    "6",
+    "--eval_batch_size",
+    "2",
+    "--ddpm_num_inference_steps",
+    "2",
+    "--logger",
+    "none",
+]
 TINY_UNET = {
     "block_out_channels": [8, 16],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],

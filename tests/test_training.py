@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from samplers import METHODS
 
-
 # Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
 # small ones; with a large epsilon it is SGD with momentum, under which equal gradients stay equal within rounding.
 SMOOTH = ("--unet", json.dumps({**TINY_UNET, "dropout": 0.0}), "--adam_epsilon", "1", "--learning_rate", "0.1")

@@ -1,0 +1,256 @@
+"""Recipes, flags, and what is said to someone who gets them wrong."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+
+from recipes import load_recipe, save_options
+from train_adaptive_ddpm import TrainingOptions, command_line
+
+
+def refused(flags, capsys):
+    """The line that a bad command line ends with."""
+    with pytest.raises(SystemExit) as exit:
+        command_line([str(flag) for flag in flags])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+BAD_FLAGS = [
+    (["--train_batch_size", "0"], ["--train_batch_size 0", "greater than 0"]),
+    (["--train_batch_size", "many"], ["--train_batch_size", "many"]),
+    (["--learning_rate", "-1"], ["--learning_rate -1.0", "greater than 0"]),
+    (["--learning_rate", "nan"], ["--learning_rate nan"]),
+    (["--lr_warmup_steps", "-1"], ["--lr_warmup_steps -1", "negative"]),
+    (["--adam_beta1", "1"], ["--adam_beta1 1.0", "[0, 1)"]),
+    (["--method", "magic"], ["--method", "magic", "adaptive", "min_snr"]),
+    (["--timestep_sampler", "magic"], ["--timestep_sampler magic", "uniform", "log_normal"]),
+    (["--loss_weighting", "magic"], ["--loss_weighting magic", "bell", "p2"]),
+    (["--prediction_type", "magic"], ["--prediction_type", "v_prediction"]),
+    (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
+    (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "at least 2"]),
+    (["--ddpm_num_inference_steps", "2000"], ["--ddpm_num_inference_steps 2000", "1000"]),
+    (["--max_train_seconds", "0"], ["--max_train_seconds 0.0", "greater than 0"]),
+    (["--lr_scheduler", "cosine", "--max_train_seconds", "5"], ["--lr_scheduler cosine", "--max_train_steps"]),
+    (["--unet", "{"], ["--unet", "{"]),
+    (["--unet", "[1]"], ["--unet", "[1]"]),
+    (["--no_such_flag", "1"], ["--no_such_flag"]),
+    (["--config", "absent.yaml"], ["--config", "absent.yaml", "no such file"]),
+    (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume_from"]),
+    (["--on_bad_image", "ignore"], ["--on_bad_image", "skip"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "parts"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_a_bad_flag_is_named_with_its_value_and_what_is_allowed(flags, parts, capsys):
+    data = [] if "--config" in flags else ["--dataset_name", "digits"]
+    line = refused([*data, *flags], capsys)
+    for part in parts:
+        assert part in line
+
+
+BAD_STARTS = [
+    (["--dataset_name", "no/such-data"], ["no/such-data"]),
+    (["--dataset_name", "/no/such/folder"], ["/no/such/folder"]),
+    (["--resolution", "9"], ["--resolution 9", "multiple of 2"]),
+    (["--ddpm_beta_schedule", "magic"], ["--ddpm_beta_schedule", "magic"]),
+    (["--unet", '{"no_such_setting": 1}'], ["--unet", "no_such_setting"]),
+    (["--unet", '{"block_out_channels": [8, 16, 32]}'], ["--unet"]),
+    (["--unet", '{"norm_num_groups": 7}'], ["--unet"]),
+    (["--noise_scheduler", '{"no_such_setting": 1}'], ["--noise_scheduler", "no_such_setting"]),
+    (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--prediction_type epsilon", "v_prediction"]),
+    (["--method", "speed", "--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "5"], ["SpeeD", "noise schedule"]),
+    (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint"]),
+    (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "parts"), BAD_STARTS, ids=[" ".join(flags) for flags, _ in BAD_STARTS])
+def test_what_cannot_work_ends_in_one_line_before_training(train, flags, parts):
+    run = train("run", *flags).wait(1)
+    *_, line = run.output.splitlines()
+    assert line.startswith("train_adaptive_ddpm.py: error: ")
+    for part in parts:
+        assert part in line
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+# The output folder
+
+
+def test_results_are_never_overwritten_unasked(train):
+    first = train("run", "--max_train_steps", 6).wait()
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    again = train("run", "--max_train_steps", 6).wait(1)
+    assert "--overwrite_output_dir" in again.output.splitlines()[-1]
+    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+def test_overwriting_deletes_the_earlier_run_and_nothing_else(train):
+    first = train("run", "--max_train_steps", 12).wait()
+    (first.folder / "notes.txt").write_text("mine")
+    train("run", "--max_train_steps", 6, "--overwrite_output_dir").wait()
+    assert (first.folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in first.folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert len(first.metrics) == 2
+
+
+def test_a_mistake_while_overwriting_loses_nothing(train):
+    first = train("run", "--max_train_steps", 6).wait()
+    train("run", "--overwrite_output_dir", "--dataset_name", "/no/such/folder").wait(1)
+    train("run", "--overwrite_output_dir", "--resolution", 9).wait(1)
+    assert (first.folder / "checkpoint-6").is_dir()
+    assert (first.folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_a_folder_that_is_no_run_is_not_resumed_into(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    run = train("run", "--resume_from_checkpoint", "latest").wait(1)
+    assert "no checkpoint" in run.output.splitlines()[-1]
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
+
+
+def full_disk_from_the_second_checkpoint(script):
+    from training import checkpoints
+
+    original = torch.save
+
+    def save(content, file, **options):
+        if "checkpoint-12" in str(file):
+            raise OSError(28, "No space left on device")
+        original(content, file, **options)
+
+    checkpoints.torch.save = save
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_kept(train):
+    run = train("run", tamper=full_disk_from_the_second_checkpoint).wait(1)
+    *_, line = run.output.splitlines()
+    assert "No space left on device" in line
+    assert "checkpoint-12" in line
+    assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    resumed = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert (resumed.folder / "model_index.json").exists()
+
+
+def no_space_at_all(script):
+    import shutil
+    from types import SimpleNamespace
+
+    shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+
+
+def test_too_little_space_is_found_out_before_training(train):
+    run = train("run", tamper=no_space_at_all).wait(1)
+    assert "--output_dir" in run.output.splitlines()[-1]
+    assert "are free" in run.output.splitlines()[-1]
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+# Images that cannot be read
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of twelve small pictures, one of them cut short."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(12):
+        pixels = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    content = (folder / "05.png").read_bytes()
+    (folder / "05.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("placement", ["memory", "stream"])
+def test_a_bad_image_is_named_or_skipped_with_a_count(train, pictures, tmp_path, placement):
+    flags = ("--train_data_dir", pictures, "--cache_dir", tmp_path / "cache", "--data_placement", placement)
+    run = train("run", *flags, "--max_train_steps", 4).wait(1)
+    assert "index 5" in run.output
+    assert "--on_bad_image skip" in run.output
+    run = train("skip", *flags, "--max_train_steps", 4, "--on_bad_image", "skip").wait()
+    assert json.loads((run.folder / "training_summary.json").read_text())["skipped_images"] == 1
+
+
+# Recipes
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "base.yaml").write_text("learning_rate: 1e-3\nseed: 1\nunet: {dropout: 0.1, layers_per_block: 1}\n")
+    (tmp_path / "deep" / "base.yaml").write_text("seed: 2\ntrain_batch_size: 7\n")
+    (tmp_path / "deep" / "recipe.yaml").write_text("train_batch_size: 9\nunet: {dropout: 0.2}\nlogger: none\n")
+    return tmp_path / "deep" / "recipe.yaml"
+
+
+def test_a_recipe_inherits_every_base_above_it_and_flags_override_it(recipes):
+    options = command_line(["--config", str(recipes)])
+    assert (options.learning_rate, options.seed, options.train_batch_size) == (1e-3, 2, 9)
+    assert options.unet == {"dropout": 0.2, "layers_per_block": 1}
+    options = command_line([f"--config={recipes}", "--seed", "3", "--unet", '{"dropout": 0.3}'])
+    assert (options.learning_rate, options.seed, options.train_batch_size) == (1e-3, 3, 9)
+    assert options.unet == {"dropout": 0.3, "layers_per_block": 1}
+
+
+def test_null_in_a_recipe_is_the_default(recipes):
+    recipes.write_text("learning_rate: null\n")
+    assert command_line(["--config", str(recipes)]).learning_rate == TrainingOptions().learning_rate
+
+
+def test_an_unknown_option_in_a_recipe_is_named_with_its_file(recipes, capsys):
+    recipes.write_text("learning_rat: 1\n")
+    line = refused(["--config", recipes], capsys)
+    assert "recipe.yaml" in line
+    assert "learning_rat" in line
+    assert "did you mean 'learning_rate'" in line
+    recipes.write_text("a: [1\n")
+    assert "not valid YAML" in "".join(refused(["--config", recipes], capsys))
+
+
+def test_saved_options_repeat_the_run_and_hold_no_secret(recipes, tmp_path):
+    options = command_line(["--config", str(recipes), "--hub_token", "hf_secret", "--max_train_steps", "5"])
+    save_options(options, tmp_path / "saved.yaml", leave_out=("hub_token",))
+    again = command_line(["--config", str(tmp_path / "saved.yaml")])
+    differences = {k for k, v in vars(again).items() if v != vars(options)[k]}
+    assert differences == {"config", "hub_token"}
+    assert "hf_secret" not in (tmp_path / "saved.yaml").read_text()
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe):
+    names = set(vars(TrainingOptions()))
+    assert set(yaml.safe_load(recipe.read_text())) <= names
+    if recipe.stem != "base":
+        assert command_line(["--config", str(recipe)]).dataset_name == load_recipe(recipe, names)["dataset_name"]
+
+
+def test_without_data_the_embedded_digits_are_trained_on():
+    options = command_line(["--max_train_steps", "5"])
+    assert (options.dataset_name, options.resolution, options.max_train_steps) == ("digits", 8, 5)
+
+
+def test_methods_name_published_pairs():
+    assert command_line(["--dataset_name", "x", "--method", "speed"]).loss_weighting == "change_aware"
+    options = command_line(["--dataset_name", "x", "--method", "p2", "--timestep_sampler", "adaptive"])
+    assert (options.timestep_sampler, options.loss_weighting) == ("adaptive", "p2")
+
+
+def test_flags_are_those_of_diffusers():
+    """Every flag of train_unconditional.py but those listed here, with reasons."""
+    diffusers_flags = """dataset_name dataset_config_name model_config_name_or_path output_dir overwrite_output_dir
+        cache_dir resolution random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs
+        save_images_epochs save_model_epochs gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps
+        adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub
+        hub_token hub_model_id hub_private_repo logger logging_dir mixed_precision prediction_type ddpm_num_steps
+        ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint"""
+    # Not there: center_crop (always done), local_rank (the launcher's), enable_xformers_memory_efficient_attention
+    # (torch's own attention is as fast), preserve_input_precision (images are kept as decoded to 8 bits).
+    assert set(diffusers_flags.split()) <= set(vars(TrainingOptions()))
