@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from transformers.hf_argparser import HfArg
 
 from image_data import BadImage, normalize, open_images, training_batches
@@ -35,6 +34,7 @@ from samplers import (
 )
 from training.checkpoints import find_checkpoint, read_process_state, save_checkpoint
 from training.clock import PhaseClock
+from training.ema import WeightAverage, whole
 from training.metrics import LossMeter, TrainingLog
 from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
@@ -272,7 +272,7 @@ def main(options):
     if options.compile:
         unet.compile()
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(
+    ema = WeightAverage(
         unet.parameters(),
         decay=options.ema_max_decay if options.use_ema else 0.0,
         use_ema_warmup=True,
@@ -289,7 +289,6 @@ def main(options):
     stateful = {"sampler": sampler, "meter": meter, "guard": guard}  # a part on each process
     if checkpoint:
         accelerator.load_state(str(checkpoint))
-        ema.to(device)
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         accelerator.print(f"resumed from {checkpoint}")
@@ -340,7 +339,7 @@ def main(options):
                     sampler.update(timesteps, losses.detach())
                     meter.add_losses(timesteps, losses.detach(), weights)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm)
+                        grad_norm = whole(accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm))
                         meter.add_gradient_norm(grad_norm)
                         guard.observe(grad_norm)
                     optimizer.step()

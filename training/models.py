@@ -3,6 +3,8 @@
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from .ema import whole
+
 
 def build_unet(options, channels, resolution):
     """The `UNet2DModel` to train: DDPM's, or that of `--model_config_name_or_path`, with `--unet` over it.
@@ -107,21 +109,16 @@ def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scal
 
 
 def ema_pipeline(accelerator, unet, ema, noise_scheduler):
-    """A `DDPMPipeline` of the averaged weights on the main process, None on the others.
-
-    All processes must call it: sharded weights are gathered."""
-    parameters = list(unet.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    weights = accelerator.get_state_dict(unet)
-    pipeline = None
-    if accelerator.is_main_process:
-        with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
-            copy = UNet2DModel.from_config(accelerator.unwrap_model(unet).config)
-        copy.load_state_dict(weights)
-        pipeline = DDPMPipeline(copy.eval(), DDPMScheduler.from_config(noise_scheduler.config))
-    ema.restore(parameters)
-    return pipeline
+    """A `DDPMPipeline` of the averaged weights on the main process, None on the others; all processes must call it."""
+    model = accelerator.unwrap_model(unet)
+    names = (name for name, _ in model.named_parameters())
+    weights = {name: whole(tensor) for name, tensor in zip(names, ema.shadow_params, strict=True)}
+    if not accelerator.is_main_process:
+        return None
+    with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
+        average = UNet2DModel.from_config(model.config)
+    average.load_state_dict(weights)
+    return DDPMPipeline(average.eval(), DDPMScheduler.from_config(noise_scheduler.config))
 
 
 def warm_up(accelerator, unet, image_shape, batch_size):

@@ -1,0 +1,493 @@
+"""Two sources of images in, metrics.json out: FID, KID, Inception Score, precision and recall.
+
+python evaluate.py --input1 samples --input2 uoft-cs/cifar10 --output_dir scores
+python evaluate.py --input1 samples --input2 uoft-cs/cifar10 --output_dir scores-dinov2 \\
+    --feature_extractor facebook/dinov2-large
+
+The numbers are torch-fidelity's, with its Inception weights and its settings: they can be compared with published
+ones of the same data set, number of images and metric. With any other feature extractor or weights the Fréchet and
+kernel distances are called FD and KD: never compare them with an FID or a KID. Precision and recall (Kynkäänniemi et
+al. 2019) look at the same features as the other metrics, as in ADM's evaluator; the paper's own are of VGG-16.
+
+--input1 is the generated set, --input2 the reference; its features are cached under a hash of its pixels, so
+that they are extracted once, and anew when anything about it or the extractor has changed.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+import torch_fidelity
+import torchvision
+import transformers
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
+
+from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
+from image_data import ImageDataset, decode_image, open_images
+from recipes import one_line_errors, parse_options
+
+METRICS = ("fid", "kid", "isc", "prc")
+NAMES = {  # torch-fidelity's: (ours with its Inception weights, ours with any others)
+    torch_fidelity.KEY_METRIC_FID: ("fid", "fd"),
+    torch_fidelity.KEY_METRIC_KID_MEAN: ("kid", "kd"),
+    torch_fidelity.KEY_METRIC_KID_STD: ("kid_std", "kd_std"),
+    torch_fidelity.KEY_METRIC_ISC_MEAN: ("inception_score", "inception_score"),
+    torch_fidelity.KEY_METRIC_ISC_STD: ("inception_score_std", "inception_score_std"),
+    torch_fidelity.KEY_METRIC_PRECISION: ("precision", "precision"),
+    torch_fidelity.KEY_METRIC_RECALL: ("recall", "recall"),
+    torch_fidelity.KEY_METRIC_F_SCORE: ("f_score", "f_score"),
+}
+RESULT = "metrics.json"
+GENERATION_RECORD = "generation.json"  # generate.py keeps one beside its images
+FEW_IMAGES = 10_000
+
+
+@dataclass
+class EvaluationOptions:
+    """Images are named as for training; 1 is the generated set and 2 the reference."""
+
+    input1: str | None = HfArg(default=None, help="Generated images: a folder, an .npz (ADM's), or a data set.")
+    input2: str | None = HfArg(default=None, help="Reference images, likewise; a Hub name, or 'digits'.")
+    output_dir: str | None = HfArg(default=None, help=f"Where {RESULT} goes.")
+    overwrite_output_dir: bool = HfArg(default=False, help=f"Replace the {RESULT} in --output_dir.")
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": f"Of {' '.join(METRICS)}; default: all that apply to the feature extractor."}
+    )
+
+    # Images
+    split1: str = HfArg(default="train", help="Of --input1; also a slice such as train[:1000].")
+    split2: str = HfArg(default="train", help="Of --input2.")
+    dataset_config_name1: str | None = HfArg(default=None, help="Configuration of --input1, if it has several.")
+    dataset_config_name2: str | None = HfArg(default=None, help="Configuration of --input2.")
+    image_column1: str | None = HfArg(default=None, help="Needed only if --input1 has several image columns.")
+    image_column2: str | None = HfArg(default=None, help="Needed only if --input2 has several image columns.")
+    num_images1: int | None = HfArg(default=None, help="A random subset of --input1; default: all.")
+    num_images2: int | None = HfArg(default=None, help="A random subset of --input2; default: all.")
+    resolution: int | None = HfArg(default=None, help="Resize and crop both; default: the size of the first image.")
+    image_mode: Literal["RGB", "L"] = HfArg(default="RGB", help="L makes all images grey first.")
+    on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
+    dataset_cache_dir: str | None = HfArg(default=None, help="Where downloaded data sets are kept.")
+
+    # Features
+    feature_extractor: str = HfArg(default=INCEPTION, help="Or a `transformers` vision model: Hub name or folder.")
+    feature_extractor_weights: str | None = HfArg(default=None, help="Inception's; default: downloaded once.")
+    batch_size: int = HfArg(default=64, help="Images per forward pass.")
+    device: str | None = HfArg(default=None, help="cpu, cuda or cuda:N; default: cuda if there is one.")
+    cache_dir: str | None = HfArg(default=None, help="Of reference features; default: torch-fidelity's.")
+
+    # Metrics; the defaults are torch-fidelity's
+    seed: int = HfArg(default=2020, help="Of random subsets, and of the subsets of KID and the splits of ISC.")
+    kid_subsets: int = HfArg(default=100, help="KID is the mean over so many subsets ...")
+    kid_subset_size: int = HfArg(default=1000, help="... of so many images.")
+    isc_splits: int = HfArg(default=10, help="Parts whose Inception Scores are averaged.")
+    prc_neighborhood: int = HfArg(default=3, help="k: a ball reaches to the k-th nearest neighbour.")
+    prc_batch_size: int = HfArg(default=10_000, help="Rows and columns of the distance matrix at a time.")
+    allow_few_images: bool = HfArg(default=False, help="A Fréchet distance from fewer images than features.")
+
+    def __post_init__(self):
+        for name in ("input1", "input2", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is required (--help lists the flags)")
+        positive = """num_images1 num_images2 resolution batch_size kid_subsets kid_subset_size isc_splits
+            prc_neighborhood prc_batch_size"""
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: must be in [0, 2**32)")
+        self.device = check_device(self.device)
+        is_inception = self.feature_extractor == INCEPTION
+        self.metrics = self.metrics or [name for name in METRICS if is_inception or name != "isc"]
+        for name in self.metrics:
+            if name not in METRICS:
+                raise ValueError(f"--metrics {name}: must be of {', '.join(METRICS)}")
+        if "isc" in self.metrics and not is_inception:
+            raise ValueError(
+                f"--metrics isc: the Inception Score needs --feature_extractor {INCEPTION}, "
+                f"not {self.feature_extractor}"
+            )
+
+
+def check_device(name):
+    """The name of the device to compute on. Raises ValueError if there is no such device."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    number = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if number is None:
+        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if name != "cpu" and int(number[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse_options(EvaluationOptions, argv)
+    start = time.perf_counter()
+    with one_line_errors(ValueError, OSError):
+        # Refuse what cannot work before anything takes long
+        result_path = claim_result(options)
+        inputs = [open_input(options, 1), open_input(options, 2)]
+        check_sizes(options, *inputs)
+        counts = [wanted_count(options, number, images) for number, images in enumerate(inputs, 1)]
+        check_counts(options, *counts)
+        extractor = load_extractor(options.feature_extractor, options.feature_extractor_weights)
+        check_rank(options, extractor, *counts)
+
+        images1 = read_images(inputs[0], options.num_images1, options.seed)
+        images2 = read_images(inputs[1], options.num_images2, options.seed)
+        check_counts(options, len(images1), len(images2))  # once more: unreadable ones may have been skipped
+        check_rank(options, extractor, len(images1), len(images2))
+        read_seconds = time.perf_counter() - start
+
+        values, settings = calculate(images1, images2, extractor, options)
+
+    seconds = {"read": read_seconds, "total": time.perf_counter() - start}
+    record = {
+        "values": values,
+        "command": shlex.join(["python", "evaluate.py", *argv]),
+        "options": asdict(options),
+        "input1": describe_input(options, 1, images1),
+        "input2": describe_input(options, 2, images2),
+        "feature_extractor": extractor.description,
+        "torch_fidelity": settings,
+        **describe_machine(options.device),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(record, result_path)
+    print_table(record)
+    print(f"{result_path} says how to repeat this")
+
+
+def calculate(images1, images2, extractor, options):
+    """Let torch-fidelity score uint8 images1 [N1, C, H, W] against images2 [N2, C, H, W].
+
+    Returns:
+        ({our name of a metric: value}, the settings torch-fidelity was given)
+    """
+    settings = {
+        **{name: name in options.metrics for name in METRICS},
+        "feature_extractor": extractor.name,
+        "kid_subsets": options.kid_subsets,
+        "kid_subset_size": options.kid_subset_size,
+        "isc_splits": options.isc_splits,
+        "prc_neighborhood": options.prc_neighborhood,
+        "prc_batch_size": options.prc_batch_size,
+        "rng_seed": options.seed,
+        "batch_size": options.batch_size,
+        "input2_cache_name": cache_name(options, images2),
+        "save_cpu_ram": True,  # no worker processes, as the images are in memory; distances of PRC in parts
+    }
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+    bar = tqdm(total=len(images1) + len(images2), unit="image", desc="Extracting features")
+    with bar, name_batch_size(options):
+        values = torch_fidelity.calculate_metrics(
+            input1=FidelityImages(images1, bar, before=0),
+            input2=FidelityImages(images2, bar, before=len(images1)),
+            cuda=options.device.startswith("cuda"),
+            cache_root=options.cache_dir,
+            feature_extractor_weights_path=extractor.weights_path,
+            verbose=False,
+            **settings,
+        )
+        bar.update(bar.total - bar.n)  # the reference came from the cache
+    column = 0 if extractor.is_standard_inception else 1
+    return {ours[column]: values[name] for name, ours in NAMES.items() if name in values}, settings
+
+
+@contextmanager
+def name_batch_size(options):
+    """Turn a lack of GPU memory into a ValueError that says which flag to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--batch_size {options.batch_size} needs more memory than {options.device} has") from error
+
+
+class FidelityImages(torch.utils.data.Dataset):
+    """uint8 images [N, 1 or 3, H, W] as torch-fidelity takes them: one by one, RGB. Reading them draws the bar."""
+
+    def __init__(self, images, bar, before):
+        self.images, self.bar, self.before = images, bar, before
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.bar.update(max(0, self.before + index + 1 - self.bar.n))
+        return self.images[index].expand(3, -1, -1)
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def open_input(options, number):
+    """Open --input1 or --input2: an object with `len`, `.resolution`, `.decode_all()` and `.image_or_next(i)`.
+
+    Raises:
+        ValueError: it cannot be found or read; the message names the flag.
+    """
+    name = getattr(options, f"input{number}")
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".npz":
+            return NpzImages(path, options.image_mode, options.resolution)
+        if (path / GENERATION_RECORD).is_file():
+            return open_generated(path, options)
+        return open_images(
+            name,
+            dataset_config_name=getattr(options, f"dataset_config_name{number}"),
+            split=getattr(options, f"split{number}"),
+            cache_dir=options.dataset_cache_dir,
+            image_column=getattr(options, f"image_column{number}"),
+            resolution=options.resolution,
+            image_mode=options.image_mode,
+            on_bad_image=options.on_bad_image,
+        )
+    except ValueError as error:  # which names the flags of training
+        message = re.sub(r"--(dataset_config_name|image_column)\b", rf"--\g<1>{number}", str(error))
+        message = message.replace("--dataset_name", f"--input{number}")
+        named = message if f"--input{number}" in message else f"--input{number}: {message}"
+        raise ValueError(named) from error
+
+
+class NpzImages:
+    """The images of an .npz file: its first array, `arr_0`, is uint8 [N, H, W, 1 or 3], as ADM's evaluator has it."""
+
+    def __init__(self, path, image_mode="RGB", resolution=None):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            with np.load(path) as arrays:
+                pixels = arrays["arr_0"]
+        except Exception as error:  # of zip, of NumPy's format, or no such key
+            raise ValueError(f"{path} has no readable array arr_0: {error}") from error
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
+            raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 1 or 3], not {pixels.dtype} {list(pixels.shape)}")
+        if resolution is None and pixels.shape[1] != pixels.shape[2]:
+            raise ValueError(f"{path}: images of {pixels.shape[2]}x{pixels.shape[1]} are not square: pass --resolution")
+        self.name, self.pixels, self.mode = path.name, pixels, image_mode
+        self.resolution = resolution or pixels.shape[1]
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def decode_all(self):
+        """All images, uint8 [N, C, resolution, resolution]."""
+        unchanged = self.pixels.shape[1:] == (self.resolution, self.resolution, 3 if self.mode == "RGB" else 1)
+        if unchanged:
+            return torch.from_numpy(self.pixels.transpose(0, 3, 1, 2).copy())
+        return torch.stack([self.image_or_next(i)[0] for i in range(len(self))])
+
+    def image_or_next(self, index):
+        """Image `index`, uint8 [C, resolution, resolution], resized as `ImageDataset` does it, and []."""
+        pixels, size = self.pixels[index], (self.resolution, self.resolution)
+        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert(self.mode)
+        image = np.array(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC))
+        return torch.from_numpy(image.reshape(*size, -1).transpose(2, 0, 1).copy()), []
+
+
+def open_generated(folder, options):
+    """Open a folder that generate.py has written: just the images, not the grid of some of them beside them."""
+    record = json.loads((folder / GENERATION_RECORD).read_text())
+    kind = record["settings"]["format"]
+    if kind == "npz":
+        images = NpzImages(folder / "images.npz", options.image_mode, options.resolution)
+    else:
+        images = _generated_images(folder, kind, options)
+    if record["status"] != "complete" or len(images) != record["num_images"]:
+        raise ValueError(
+            f"{folder} holds {len(images)} of {record['num_images']} images: let generate.py finish, or copy those "
+            "to be scored to another folder"
+        )
+    return images
+
+
+def _generated_images(folder, kind, options):
+    files = sorted(str(file) for file in folder.glob(f"[0-9]*.{kind}"))
+    if not files:
+        raise ValueError(f"{folder} holds no images of generate.py")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    if kind == "png":
+        rows = datasets.Dataset.from_dict({"image": files}, features=features)
+    else:
+        rows = datasets.Dataset.from_parquet(files, features=features)
+    width, height = decode_image(rows[0]["image"]).size
+    if options.resolution is None and width != height:
+        raise ValueError(f"{folder}: images of {width}x{height} are not square: pass --resolution")
+    resolution = options.resolution or width
+    return ImageDataset(
+        str(folder), rows, mode=options.image_mode, resolution=resolution, on_bad_image=options.on_bad_image
+    )
+
+
+def read_images(images, num_images=None, seed=0):
+    """Decode all the images, or a random subset of `num_images`: uint8 [N, C, H, W]."""
+    if num_images is None:
+        return images.decode_all()
+    order = np.random.RandomState(seed).permutation(len(images)).tolist()
+    readable = (image for image, bad in map(images.image_or_next, order) if not bad)
+    subset = tqdm(islice(readable, num_images), total=num_images, desc=f"Decoding {images.name}", unit="image")
+    return torch.stack(list(subset))
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def claim_result(options):
+    """Make --output_dir and --cache_dir, and return the path of the result. Raises ValueError or OSError."""
+    path = Path(options.output_dir) / RESULT
+    if path.exists() and not options.overwrite_output_dir:
+        raise ValueError(f"--output_dir {options.output_dir} has a {RESULT}: --overwrite_output_dir replaces it")
+    for flag in ("output_dir", "cache_dir"):
+        folder = getattr(options, flag)
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"--{flag} {folder} is a file, not a folder")
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"--{flag} {folder}: no permission to write there")
+    return path
+
+
+def check_sizes(options, images1, images2):
+    """Raise ValueError unless both inputs have images of one size."""
+    size1, size2 = images1.resolution, images2.resolution
+    if size1 != size2:
+        raise ValueError(
+            f"--input1 {options.input1} has images of {size1}x{size1} and --input2 {options.input2} of "
+            f"{size2}x{size2}: --resolution {min(size1, size2)} would resize both"
+        )
+
+
+def wanted_count(options, number, images):
+    """How many images of an input to use. Raises ValueError if it has fewer."""
+    wanted = getattr(options, f"num_images{number}")
+    if wanted is not None and wanted > len(images):
+        raise ValueError(f"--num_images{number} {wanted}: --input{number} has {len(images)} images only")
+    return wanted or len(images)
+
+
+def check_counts(options, count1, count2):
+    """Raise ValueError if a metric needs more images than there are."""
+    for flag, count in (("--input1", count1), ("--input2", count2)):
+        if count < 2:
+            raise ValueError(f"{flag} gives {count} images: at least 2 are needed")
+        if "kid" in options.metrics and options.kid_subset_size > count:
+            raise ValueError(
+                f"--kid_subset_size {options.kid_subset_size}: {flag} gives {count} images only, and a subset must "
+                "not be larger"
+            )
+        if "prc" in options.metrics and options.prc_neighborhood >= count:
+            raise ValueError(
+                f"--prc_neighborhood {options.prc_neighborhood}: {flag} gives {count} images only, of which one has "
+                f"{count - 1} neighbours"
+            )
+    if "isc" in options.metrics and options.isc_splits > count1:
+        raise ValueError(f"--isc_splits {options.isc_splits}: --input1 gives {count1} images only")
+
+
+def check_rank(options, extractor, count1, count2):
+    """Raise ValueError if the covariance of the features cannot have full rank."""
+    for flag, count in (("--input1", count1), ("--input2", count2)):
+        if "fid" in options.metrics and count <= extractor.num_features and not options.allow_few_images:
+            raise ValueError(
+                f"{flag} gives {count} images, but a Fréchet distance of {extractor.num_features} features needs more "
+                f"than {extractor.num_features}, else the covariance is singular: --metrics without fid, or "
+                "--allow_few_images"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------- results
+
+
+def fingerprint(images):
+    """SHA-256 of the pixels and the shape of uint8 images [N, C, H, W]."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    digest.update(images.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cache_name(options, images):
+    """What torch-fidelity calls the reference in its cache. It appends the extractor's name, which holds a hash.
+
+    The pixels say all about data set, split, subset and resizing; device and versions move the last digits."""
+    readable = re.sub(r"\W+", "-", f"{Path(options.input2).name}-{options.split2}").strip("-")
+    parts = [options.input2, options.split2, fingerprint(images), options.device.partition(":")[0], versions()]
+    return f"{readable[-60:]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+
+
+def describe_input(options, number, images):
+    flags = (f"split{number}", f"dataset_config_name{number}", f"image_column{number}")
+    return {
+        "name": getattr(options, f"input{number}"),
+        **{flag[:-1]: getattr(options, flag) for flag in flags},
+        "num_images": len(images),
+        "shape": list(images.shape[1:]),
+        "sha256": fingerprint(images),
+    }
+
+
+def describe_machine(device):
+    is_cuda = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu, {platform.machine()}",
+        "tf32_convolutions": is_cuda and torch.backends.cudnn.allow_tf32,
+        "num_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+
+
+def versions():
+    modules = (torch, torchvision, torch_fidelity, transformers, np)
+    return {module.__name__: module.__version__ for module in modules}
+
+
+def write_json(record, path):
+    """Write through a temporary file: `path` is complete whenever it exists."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def print_table(record):
+    """One line a metric, and what to bear in mind."""
+    first, second, extractor = record["input1"], record["input2"], record["feature_extractor"]
+    print(f"{first['num_images']:,} images of {first['name']}")
+    print(f"against {second['num_images']:,} of {second['name']}, split {second['split']}")
+    print(f"by {extractor['num_features']} features of {extractor['model']}: {extractor['features']}")
+    for name, value in record["values"].items():
+        if not name.endswith("_std"):
+            spread = record["values"].get(f"{name}_std")
+            print(f"  {name:16}{value:12.6g}" + (f" ± {spread:.3g}" if spread is not None else ""))
+    fewest = min(first["num_images"], second["num_images"])
+    if extractor["model"] == INCEPTION and extractor["weights_sha256"] != INCEPTION_SHA256:
+        print("caution: these are not torch-fidelity's weights of Inception; do not compare with published scores")
+    if "fid" in record["options"]["metrics"] and fewest < FEW_IMAGES:
+        print(
+            f"caution: a Fréchet distance from fewer than {FEW_IMAGES:,} images ({fewest:,} here) is biased upwards; "
+            "compare it only with one from as many"
+        )
+
+
+if __name__ == "__main__":
+    main()

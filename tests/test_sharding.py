@@ -1,0 +1,77 @@
+"""What the training loop does to weights that FSDP2 has sharded, on two CPU processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import torch
+from conftest import REPOSITORY
+
+WORKER = """
+import copy
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training.ema import WeightAverage, whole
+from training.stopping import NonFiniteGuard
+
+folder, sharded = sys.argv[1], sys.argv[2] == "sharded"
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.SiLU(), torch.nn.Linear(10, 3))
+if sharded:
+    torch.distributed.init_process_group("gloo")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+guard = NonFiniteGuard(optimizer, "cpu", scaled=False, max_in_row=5)
+ema = WeightAverage(model.parameters(), use_ema_warmup=True, foreach=True)
+
+
+def train(steps):
+    for step in range(steps):
+        x = torch.ones(4, 6) * (float("nan") if step == 2 else step + 1)
+        model(x).square().mean().backward()
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        guard.observe(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+
+
+train(4)
+state = copy.deepcopy(ema.state_dict())  # a state dict shares memory with what it is the state of
+train(3)
+fresh = WeightAverage(model.parameters(), use_ema_warmup=True, foreach=True)
+fresh.load_state_dict(state)
+restored = [whole(p).clone() for p in fresh.shadow_params]
+fresh.step(model.parameters())
+out = {
+    "weights": [whole(p.detach()) for p in model.parameters()],
+    "average": [whole(p) for p in ema.shadow_params],
+    "saved": state["shadow_params"], "restored": restored, "stepped": [whole(p) for p in fresh.shadow_params],
+    "skipped": guard.check(),
+}
+if not sharded or torch.distributed.get_rank() == 0:
+    torch.save(out, f"{folder}/{sys.argv[2]}.pt")
+"""
+
+
+def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    starts = [("whole", {}), *(("sharded", {**rendezvous, "RANK": str(rank)}) for rank in (0, 1))]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "worker.py", tmp_path, kind],
+            env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
+        )
+        for kind, environment in starts
+    ]
+    assert [worker.wait(120) for worker in workers] == [0, 0, 0]
+    whole, sharded = (torch.load(tmp_path / f"{kind}.pt") for kind in ("whole", "sharded"))
+    assert whole["skipped"] == sharded["skipped"] == 2
+    torch.testing.assert_close(sharded, whole)
+    torch.testing.assert_close(sharded["restored"], sharded["saved"], rtol=0, atol=0)
