@@ -175,7 +175,8 @@ def test_chain_is_the_stock_ddpm_pipeline(unet, count, monkeypatch):
         monkeypatch.setattr(module, "randn_tensor", noise)
     stock = DDPMPipeline(unet=unet, scheduler=scheduler)
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(batch_size=3, num_inference_steps=count, output_type="pt").images
+    theirs = stock(batch_size=3, num_inference_steps=count, output_type="np").images
+    theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2)
     ours = make_pipeline(unet, scheduler).sample(range(3), seed=5, num_inference_steps=count)
     assert ours.dtype == torch.uint8
     assert (ours - theirs * 255).abs().max() < 0.51  # half a grey level: rounding to uint8
@@ -192,7 +193,8 @@ def test_chain_is_the_stock_ddim_pipeline(unet, eta, monkeypatch):
     monkeypatch.setattr(scheduling_ddim, "randn_tensor", lambda *_, **__: steps.pop(0))
     stock = DDIMPipeline(unet=unet, scheduler=scheduler)
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(batch_size=3, num_inference_steps=10, eta=eta, output_type="pt").images
+    theirs = stock(batch_size=3, num_inference_steps=10, eta=eta, output_type="np").images
+    theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2)
     ours = make_pipeline(unet, scheduler).sample(range(3), seed=5, num_inference_steps=10, eta=eta)
     assert (ours - theirs * 255).abs().max() < 0.51
 
