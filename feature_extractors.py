@@ -211,8 +211,12 @@ def _read_vision_model(name_or_path):
 
 
 def _load_transformers_model(name_or_path):
-    extractor = TransformersExtractor("check", ["features"], name_or_path).eval()
-    features, again = (extractor(_example_images())[0] for _ in range(2))
+    try:
+        extractor = TransformersExtractor("check", ["features"], name_or_path).eval()
+        features, again = (extractor(_example_images())[0] for _ in range(2))
+    except (RuntimeError, TypeError, AttributeError) as error:  # of a model made for anything else
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--feature_extractor {name_or_path} gives no features of images: {reason}") from error
     if not torch.allclose(features, again):  # ViT-MAE, for one, hides patches at random
         raise ValueError(f"--feature_extractor {name_or_path} gives one image different features each time")
     config = getattr(extractor.model, "config", None)
@@ -262,6 +266,7 @@ class FeatureVectors(torch.nn.Module):
     def __init__(self, extractor):
         super().__init__()
         self.num_features = extractor.num_features
+        self.score_name = "fid" if extractor.is_standard_inception else "fd"  # of a Fréchet distance with them
         self.extractor = create_feature_extractor(
             extractor.name,
             [extractor.layer],

@@ -35,12 +35,13 @@ from samplers import (
 from training.checkpoints import find_checkpoint, read_process_state, save_checkpoint
 from training.clock import PhaseClock
 from training.ema import WeightAverage, whole
+from training.evaluation import Evaluator
 from training.metrics import LossMeter, TrainingLog
 from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
 from training.report import create_hub_repository, plot_timestep_density, upload_to_hub, write_model_card
 from training.saving import save_pipeline
-from training.stopping import NonFiniteGuard, StopCondition
+from training.stopping import Interval, NonFiniteGuard, StopCondition
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,12 @@ class TrainingOptions:
     logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
     eval_batch_size: int = HfArg(default=16, help="Images in a sample grid.")
     ddpm_num_inference_steps: int = HfArg(default=1000, help="Denoising steps for the sample grids.")
+    eval_steps: int | None = HfArg(default=None, help="Updates between two scores (FID) of samples; default: none.")
+    eval_seconds: float | None = HfArg(default=None, help="Training seconds between two scores.")
+    eval_num_images: int = HfArg(default=5000, help="Images drawn for a score.")
+    eval_num_inference_steps: int = HfArg(default=50, help="Denoising steps for those.")
+    eval_feature_extractor: str | None = HfArg(default=None, help="As in evaluate.py; default: Inception.")
+    eval_feature_extractor_weights: str | None = HfArg(default=None, help="A local file of Inception's weights.")
     save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
     save_model_epochs: int | None = HfArg(default=None, help="Epochs between two saves of the pipeline.")
     checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
@@ -135,7 +142,8 @@ class TrainingOptions:
     def __post_init__(self):
         positive = """resolution train_batch_size gradient_accumulation_steps learning_rate adam_epsilon max_grad_norm
             max_train_steps num_epochs max_train_seconds max_nonfinite_steps ema_inv_gamma ema_power logging_steps
-            eval_batch_size ddpm_num_inference_steps save_images_epochs save_model_epochs checkpoints_total_limit"""
+            eval_batch_size ddpm_num_inference_steps save_images_epochs save_model_epochs checkpoints_total_limit
+            eval_steps eval_seconds eval_num_images eval_num_inference_steps"""
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -148,11 +156,11 @@ class TrainingOptions:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
         if self.ddpm_num_steps < 2:
             raise ValueError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be at least 2")
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            raise ValueError(
-                f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must not exceed --ddpm_num_steps "
-                f"({self.ddpm_num_steps})"
-            )
+        for name in ("ddpm_num_inference_steps", "eval_num_inference_steps"):
+            if getattr(self, name) > self.ddpm_num_steps:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: must not exceed --ddpm_num_steps ({self.ddpm_num_steps})"
+                )
         for name, registry in (("timestep_sampler", TIMESTEP_SAMPLERS), ("loss_weighting", LOSS_WEIGHTINGS)):
             default = METHODS[self.method][0 if name == "timestep_sampler" else 1]
             setattr(self, name, getattr(self, name) or default)
@@ -256,6 +264,7 @@ def main(options):
             show_progress=accelerator.is_local_main_process,
         )
         max_steps = total_steps(options, batches.num_images / images_per_step)
+        evaluator = Evaluator(options, dataset, accelerator) if options.eval_steps or options.eval_seconds else None
 
     # Optimiser, learning rate, average
     optimizer = torch.optim.AdamW(
@@ -301,12 +310,14 @@ def main(options):
 
     def save_model():
         with clock.phase("save"):
-            if pipeline := ema_pipeline(accelerator, unet, ema, noise_scheduler):
+            pipeline = ema_pipeline(accelerator, unet, ema, noise_scheduler)
+            if accelerator.is_main_process:
                 save_pipeline(pipeline, output_dir)
 
     def save_samples(name):
         with clock.phase("preview"):
-            if pipeline := ema_pipeline(accelerator, unet, ema, noise_scheduler):
+            pipeline = ema_pipeline(accelerator, unet, ema, noise_scheduler)
+            if accelerator.is_main_process:
                 pipeline = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(device)
                 pipeline.set_progress_bar_config(desc="sampling", leave=False)
                 images = pipeline.sample(
@@ -315,6 +326,11 @@ def main(options):
                 log.save_grid(make_grid_image(images.cpu()), f"samples/{name}.png", step)
             accelerator.wait_for_everyone()
 
+    def save_score():
+        with clock.phase("eval"):
+            score = evaluator.score(ema_pipeline(accelerator, unet, ema, noise_scheduler))
+        log.write_score(step, images_seen, evaluator.name, score)
+
     if options.compile or device.type == "cuda":
         with clock.phase("warm_up"):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
@@ -322,6 +338,7 @@ def main(options):
 
     log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)
+    evaluation = Interval(accelerator, options.eval_steps, options.eval_seconds, clock)
     unet.train()
     with clock.phase("train"), one_line_errors(FloatingPointError, OSError, BadImage), closing(log):
         while (reason := stop.reason(step)) is None:
@@ -354,11 +371,12 @@ def main(options):
                 log.write(step, images_seen, meter, guard, lr_scheduler, sampler)
             if is_due(options.save_images_epochs, images_seen, images_per_step, batches.num_images):
                 save_samples(f"step-{step:07d}")
+            if evaluation.is_due(step):
+                save_score()
             if is_due(options.save_model_epochs, images_seen, images_per_step, batches.num_images):
                 save_model()
             if options.checkpointing_steps and step % options.checkpointing_steps == 0:
                 save_state()
-
 
     # The end; after a signal, only what is needed to go on
     if reason == "signal" or options.checkpointing_steps:

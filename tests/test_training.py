@@ -7,11 +7,15 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, TINY_UNET
+import torch_fidelity
+from conftest import REPOSITORY, SHARED, TINY, TINY_UNET
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from feature_extractors import load_extractor
+from image_data import open_images
+from pipelines import UnconditionalPipeline
 from samplers import METHODS
 
 # Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
@@ -139,26 +143,32 @@ def test_accumulated_batches_add_up_to_one(train):
     assert parts.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
 
 
+def launch_two_processes(folder, *flags):
+    """Train as the README says for several processes on a CPU; returns the folder."""
+    launch = ["accelerate.commands.launch", "--config_file", REPOSITORY / "accelerate_configs" / "cpu.yaml"]
+    command = [sys.executable, "-m", *launch, "--num_processes=2", "--main_process_port=0"]
+    command += [REPOSITORY / "train_adaptive_ddpm.py", *TINY, "--output_dir", folder, *flags]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
 @pytest.mark.parametrize("sampler", ["adaptive", "speed"])
 def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
     """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
     noise, together those of one process, and that their sampler tables agree."""
     flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip"]
     one = train("one", *flags, "--train_batch_size", 16)
-    launch = ["accelerate.commands.launch", "--config_file", REPOSITORY / "accelerate_configs" / "cpu.yaml"]
-    command = [sys.executable, "-m", *launch, "--num_processes=2", "--main_process_port=0"]
-    command += [REPOSITORY / "train_adaptive_ddpm.py", *TINY, "--output_dir", tmp_path / "two", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    two = launch_two_processes(tmp_path / "two", *flags)
     one.wait()
-    assert distance(weights(tmp_path / "two"), weights(one.folder)) < 1e-4
-    states = [torch.load(tmp_path / "two" / "checkpoint-24" / f"process_state_{rank}.pt") for rank in (0, 1)]
+    assert distance(weights(two), weights(one.folder)) < 1e-4
+    states = [torch.load(two / "checkpoint-24" / f"process_state_{rank}.pt") for rank in (0, 1)]
     single = torch.load(one.folder / "checkpoint-24" / "process_state_0.pt")
     for name, table in states[0]["sampler"].items():
         if torch.is_tensor(table) and name != "pending":
             assert torch.equal(table, states[1]["sampler"][name]), name
             torch.testing.assert_close(table, single["sampler"][name], rtol=1e-3, atol=1e-4)
-    log = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     for ours, theirs in zip(log, one.metrics, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["images"] == theirs["images"]
@@ -183,3 +193,70 @@ def test_time_budget_counts_training_alone(train):
     assert summary["stopped_by"] == "seconds"
     assert 2 <= summary["seconds"]["train"] < 4
     assert len(run.metrics) * 4 >= summary["steps"]
+
+
+# The score during training
+
+
+@pytest.fixture
+def regnet():
+    folder = SHARED / "metrics" / "cifar10-regnet"
+    if not folder.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    return folder
+
+
+def scores(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["fd"] for record in records if "fd" in record}
+
+
+def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, regnet):
+    """Of the same images, by torch-fidelity; and of two processes that of one."""
+    flags = ("--eval_steps", 12, "--eval_num_images", 330, "--eval_num_inference_steps", 3, "--train_batch_size", 16)
+    flags = [*SMOOTH, *flags, "--eval_feature_extractor", regnet]
+    two = launch_two_processes(tmp_path / "two", *flags, "--train_batch_size", 8)
+    run = train("run", *flags).wait()
+    assert list(scores(run.folder)) == [12, 24]
+    for step, score in scores(run.folder).items():
+        assert scores(two)[step] == pytest.approx(score, rel=1e-3)
+
+    pipeline = UnconditionalPipeline.from_pretrained(run.folder)
+    images = pipeline.sample(range(330), seed=0, num_inference_steps=3)
+    reference = open_images("digits").decode_all(show_progress=False)
+    assert torch_fidelity_distance(images, reference, regnet) == pytest.approx(scores(run.folder)[24], rel=1e-3)
+    seconds = json.loads((run.folder / "training_summary.json").read_text())["seconds"]
+    assert seconds["eval"] > seconds["train"] / 20  # timed apart
+
+
+def torch_fidelity_distance(images, reference, extractor):
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = images.expand(-1, 3, -1, -1)
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    extractor = load_extractor(str(extractor))
+    metrics = torch_fidelity.calculate_metrics(
+        input1=Images(images),
+        input2=Images(reference),
+        feature_extractor=extractor.name,
+        feature_extractor_weights_path=extractor.weights_path,
+        fid=True,
+        cuda=False,
+        verbose=False,
+        save_cpu_ram=True,
+    )
+    return metrics[torch_fidelity.KEY_METRIC_FID]
+
+
+def test_scores_come_by_seconds_too(train, regnet):
+    flags = ("--max_train_steps", 10**6, "--max_train_seconds", 3, "--eval_seconds", 1, "--eval_num_images", 330)
+    run = train("run", *flags, "--eval_num_inference_steps", 2, "--eval_feature_extractor", regnet).wait()
+    assert 1 <= len(scores(run.folder)) <= 3
+    refused = train("few", "--eval_steps", 5, "--eval_num_images", 320, "--eval_feature_extractor", regnet).wait(1)
+    assert "--eval_num_images 320: must exceed the extractor's 320 features" in refused.output

@@ -144,6 +144,23 @@ class TrainingLog:
         if last:
             record["last"] = True
         self.last_record = record
+        self._append(record)
+
+    def write_score(self, step, images_seen, name, value):
+        """Write a record of a score of samples."""
+        self.accelerator.log({name: value}, step=step)
+        self._append(
+            {
+                "step": step,
+                "images": images_seen,
+                "train_seconds": round(self.clock.seconds("train"), 3),
+                name: value,
+                "eval_num_images": self.options.eval_num_images,
+                "eval_num_inference_steps": self.options.eval_num_inference_steps,
+            }
+        )
+
+    def _append(self, record):
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

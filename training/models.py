@@ -109,12 +109,10 @@ def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scal
 
 
 def ema_pipeline(accelerator, unet, ema, noise_scheduler):
-    """A `DDPMPipeline` of the averaged weights on the main process, None on the others; all processes must call it."""
+    """A `DDPMPipeline` of the averaged weights. All processes must call it."""
     model = accelerator.unwrap_model(unet)
     names = (name for name, _ in model.named_parameters())
     weights = {name: whole(tensor) for name, tensor in zip(names, ema.shadow_params, strict=True)}
-    if not accelerator.is_main_process:
-        return None
     with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
         average = UNet2DModel.from_config(model.config)
     average.load_state_dict(weights)

@@ -35,22 +35,48 @@ class StopCondition:
         """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
         if self.max_steps is not None and step >= self.max_steps:
             return "steps"
-        if self.accelerator.num_processes == 1:
-            return self._own_reason()
-        return self._agreed_reason() if step % AGREE_EVERY == 0 else None
+        out_of_time = self.max_seconds is not None and self.clock.seconds("train") >= self.max_seconds
+        return (None, "seconds", "signal")[
+            agreed_maximum(self.accelerator, step, max(out_of_time, 2 * bool(self.signal)))
+        ]
 
-    def _own_reason(self):
-        if self.signal is not None:
-            return "signal"
-        if self.max_seconds is not None and self.clock.seconds("train") >= self.max_seconds:
-            return "seconds"
-        return None
 
-    def _agreed_reason(self):
-        reasons = (None, "seconds", "signal")
-        own = torch.tensor(reasons.index(self._own_reason()), device=self.accelerator.device)
-        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
-        return reasons[own.item()]
+class Interval:
+    """Tells when something is due that comes each so many steps, or each so many seconds of training.
+
+    Args:
+        accelerator: of the run, whose processes agree.
+        steps, seconds: between two times; None for never.
+        clock: the run's `PhaseClock`; what was due before its present time is past.
+    """
+
+    def __init__(self, accelerator, steps, seconds, clock):
+        self.accelerator, self.steps, self.seconds, self.clock = accelerator, steps, seconds, clock
+        self.times = self._times()
+
+    def is_due(self, step):
+        """Whether it is due after `step` steps."""
+        by_steps = bool(self.steps) and step % self.steps == 0
+        if not self.seconds:
+            return by_steps
+        by_seconds = agreed_maximum(self.accelerator, step, int(self._times() > self.times))
+        self.times = max(self.times, self._times()) if by_seconds else self.times
+        return by_steps or bool(by_seconds)
+
+    def _times(self):
+        return int(self.clock.seconds("train") // self.seconds) if self.seconds else 0
+
+
+def agreed_maximum(accelerator, step, value):
+    """The largest of all processes' small non-negative integers; of several processes at each tenth step only, 0 in
+    between, because it is a collective and waits for the device."""
+    if accelerator.num_processes == 1:
+        return value
+    if step % AGREE_EVERY:
+        return 0
+    value = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value.item()
 
 
 class NonFiniteGuard:

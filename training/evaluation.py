@@ -1,0 +1,67 @@
+"""The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
+
+from feature_extractors import make_frechet_metric
+from image_data import training_batches
+from pipelines import UnconditionalPipeline
+
+MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
+
+
+class Evaluator:
+    """Scores samples against the training set; each process draws, and looks at, its share of the images.
+
+    Args:
+        options: the run's; `eval_*` say how many images to draw, and how to look at them.
+        dataset: the training set, of which 10,000 images (or `eval_num_images`, if that is more) are the reference.
+
+    Raises:
+        ValueError: an unknown feature extractor, or one with more features than there are images to draw.
+    """
+
+    def __init__(self, options, dataset, accelerator):
+        self.options, self.dataset, self.device = options, dataset, accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        weights = options.eval_feature_extractor_weights
+        self.metric = make_frechet_metric(options.eval_feature_extractor, weights, self.device)
+        num_features = self.metric.inception.num_features
+        if options.eval_num_images <= num_features:
+            raise ValueError(
+                f"--eval_num_images {options.eval_num_images}: must exceed the extractor's {num_features} features"
+            )
+        self.name = self.metric.inception.score_name
+        self.has_reference = False
+
+    def score(self, pipeline):
+        """The Fréchet distance of `eval_num_images` samples; all processes must call it."""
+        if not self.has_reference:
+            self._add_reference()
+        sampler = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(self.device)
+        sampler.set_progress_bar_config(disable=True)
+        for indices in self._shares(self.options.eval_num_images):
+            images = sampler.sample(indices, self.options.seed, self.options.eval_num_inference_steps)
+            self.metric.update(images, real=False)
+        score = self.metric.compute().item()
+        self.metric.reset()  # but for the reference
+        return score
+
+    def _add_reference(self):
+        shares = self._shares(min(len(self.dataset), max(self.options.eval_num_images, MIN_REFERENCE)))
+        batches = training_batches(
+            self.dataset,
+            self.options.train_batch_size,
+            seed=self.options.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            placement="stream",
+        )
+        for share, images in zip(shares, batches, strict=False):  # the batches never end
+            self.metric.update(images[: len(share)], real=True)
+        self.has_reference = True
+
+    def _shares(self, count):
+        """This process's part of the numbers 0 .. count-1, in batches."""
+        share = range(self.rank, count, self.world_size)
+        return [
+            share[i : i + self.options.train_batch_size] for i in range(0, len(share), self.options.train_batch_size)
+        ]
