@@ -119,7 +119,7 @@ class TrainingOptions:
     logger: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="Beside metrics.jsonl.")
     logging_dir: str = HfArg(default="logs", help="Under --output_dir.")
     logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
-    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid.")
+    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; 0 for no grids.")
     ddpm_num_inference_steps: int = HfArg(default=1000, help="Denoising steps for the sample grids.")
     eval_steps: int | None = HfArg(default=None, help="Updates between two scores (FID) of samples; default: none.")
     eval_seconds: float | None = HfArg(default=None, help="Training seconds between two scores.")
@@ -142,13 +142,20 @@ class TrainingOptions:
     def __post_init__(self):
         positive = """resolution train_batch_size gradient_accumulation_steps learning_rate adam_epsilon max_grad_norm
             max_train_steps num_epochs max_train_seconds max_nonfinite_steps ema_inv_gamma ema_power logging_steps
-            eval_batch_size ddpm_num_inference_steps save_images_epochs save_model_epochs checkpoints_total_limit
+            ddpm_num_inference_steps save_images_epochs save_model_epochs checkpoints_total_limit
             eval_steps eval_seconds eval_num_images eval_num_inference_steps"""
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} {value}: must be greater than 0")
-        for name in ("lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
+        for name in (
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "dataloader_num_workers",
+            "adam_weight_decay",
+            "seed",
+            "eval_batch_size",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
@@ -369,7 +376,9 @@ def main(options):
             log.advance(step)
             if step % options.logging_steps == 0:
                 log.write(step, images_seen, meter, guard, lr_scheduler, sampler)
-            if is_due(options.save_images_epochs, images_seen, images_per_step, batches.num_images):
+            if options.eval_batch_size and is_due(
+                options.save_images_epochs, images_seen, images_per_step, batches.num_images
+            ):
                 save_samples(f"step-{step:07d}")
             if evaluation.is_due(step):
                 save_score()
@@ -385,7 +394,8 @@ def main(options):
     if reason != "signal":
         if step % options.logging_steps:
             log.write(step, images_seen, meter, guard, lr_scheduler, sampler, last=True)
-        save_samples("final")
+        if options.eval_batch_size:
+            save_samples("final")
     if accelerator.is_main_process:
         plot_timestep_density(log.path, output_dir / "timestep_density.png", schedule.num_train_timesteps)
         summary = log.summary(step, images_seen, num_parameters, reason, skipped_images=batches.skipped)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .saving import write_json
+
 NUM_BINS = 20  # of timesteps, in the log
 
 
@@ -192,9 +194,9 @@ class TrainingLog:
             "processes": self.accelerator.num_processes,
             "device": device_name(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+            "versions": library_versions(),
         }
-        (self.folder / "training_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(summary, self.folder / "training_summary.json")
         return summary
 
 
@@ -205,6 +207,11 @@ def drop_records_after(path, step):
         rewritten = path.with_suffix(".partial")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(rewritten, path)
+
+
+def library_versions():
+    """{package: version} of what decides speed and numbers."""
+    return {name: version(name) for name in ("torch", "diffusers", "accelerate")}
 
 
 def device_name(device):

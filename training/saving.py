@@ -1,5 +1,6 @@
 """Saving so that a folder is never half written."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -15,6 +16,13 @@ def named_save_errors(path):
     except Exception as error:
         free = shutil.disk_usage(Path(path).parent).free
         raise OSError(f"{path} could not be saved ({free / 1e6:,.0f} MB are free): {error}") from error
+
+
+def write_json(record, path):
+    """Write through a temporary file: `path` is whole whenever it exists."""
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def save_pipeline(pipeline, folder):

@@ -1,0 +1,267 @@
+"""Several methods, the same wall-clock time each: one table and two plots.
+
+    python compare.py --methods ddpm min_snr p2 speed adaptive --seeds 0 1 2 --max_train_seconds 600 \\
+        --output_dir runs/comparison --config configs/cifar10.yaml --eval_num_images 10000
+
+Each run is one of train_adaptive_ddpm.py, to which all other flags go; `eval_*` say how it is scored. Its time is cut
+into slices: all runs train their first, then all their second, and so on, so that a drift of the machine's speed hits
+all alike. After each slice the averaged weights are scored, outside the clock. A comparison that was killed goes on
+where it stopped when the same command is given again.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from accelerate import PartialState
+from diffusers import DDPMPipeline
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from image_data import open_images
+from recipes import one_line_errors
+from samplers import METHODS
+from train_adaptive_ddpm import command_line
+from training.evaluation import Evaluator
+from training.metrics import device_name, library_versions, read_metrics
+from training.saving import write_json
+
+matplotlib.use("agg")
+
+BASELINE = "ddpm"  # speed-ups are over this method, where it takes part
+TRAINING_SCRIPT = Path(__file__).parent / "train_adaptive_ddpm.py"
+
+
+@dataclass
+class ComparisonOptions:
+    """All other flags are those of the training script."""
+
+    output_dir: str = field(metadata={"help": "Where runs, results.json, the table and the plots go."})
+    max_train_seconds: float = field(metadata={"help": "Of training proper, for each run."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Default: all."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of each method."})
+    score_at: list[float] = field(
+        default_factory=lambda: [0.125, 0.25, 0.5, 1.0], metadata={"help": "Fractions of the time; the last is 1."}
+    )
+
+    def __post_init__(self):
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"--methods {method}: must be of {', '.join(METHODS)}")
+        if not self.max_train_seconds > 0:
+            raise ValueError(f"--max_train_seconds {self.max_train_seconds}: must be greater than 0")
+        if sorted(set(self.score_at)) != self.score_at or self.score_at[0] <= 0 or self.score_at[-1] != 1:
+            raise ValueError(f"--score_at {self.score_at}: must rise from above 0 to 1")
+
+
+def main(argv):
+    parser = HfArgumentParser(ComparisonOptions, allow_abbrev=False)
+    namespace, training_flags = parser.parse_known_args(argv)
+    with one_line_errors(ValueError, OSError):
+        options = ComparisonOptions(**vars(namespace))
+        training_options = command_line(training_flags)  # a bad flag is found out here
+        folder = Path(options.output_dir)
+        results = open_results(folder, options, training_flags)
+        dataset = open_images(
+            training_options.dataset_name,
+            dataset_config_name=training_options.dataset_config_name,
+            cache_dir=training_options.cache_dir,
+            resolution=training_options.resolution,
+            image_mode=training_options.image_mode,
+        )
+        evaluator = Evaluator(training_options, dataset, PartialState())
+    results["score"] = evaluator.name
+
+    runs = [(method, seed) for seed in options.seeds for method in options.methods]
+    total = len(runs) * options.max_train_seconds
+    progress = tqdm(total=total, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]")
+    before = 0.0
+    for fraction in options.score_at:
+        seconds = fraction * options.max_train_seconds
+        for method, seed in runs:
+            run = results["runs"].setdefault(f"{method}-seed{seed}", {"method": method, "seed": seed, "scores": []})
+            progress.set_description(f"{method}, seed {seed}, to {seconds:.0f} s")
+            if "failed" not in run and not any(score["budget"] == seconds for score in run["scores"]):
+                train_and_score(run, folder, training_flags, seconds, evaluator, is_last=fraction == 1)
+                write_json(results, folder / "results.json")
+            progress.update(seconds - before)
+        before = seconds
+    progress.close()
+    report(results, folder)
+
+
+def open_results(folder, options, training_flags):
+    """results.json of a comparison that was killed, or a new one.
+
+    Raises:
+        ValueError: the folder holds another comparison, or something else.
+    """
+    settings = {"max_train_seconds": options.max_train_seconds, "score_at": options.score_at, "flags": training_flags}
+    path = folder / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+        if results["settings"] != settings:
+            raise ValueError(f"--output_dir {folder}: holds a comparison with other settings: {results['settings']}")
+        return results
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder}: is not empty, and holds no results.json to go on from")
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "command": " ".join(["python", "compare.py", *sys.argv[1:]]),
+        "settings": settings,
+        "device": device_name(PartialState().device),
+        "versions": library_versions(),
+        "runs": {},
+    }
+
+
+def train_and_score(run, folder, training_flags, seconds, evaluator, is_last):
+    """Train a run up to `seconds`, score it, and note both in `run`; or why that failed."""
+    run_folder = folder / f"{run['method']}-seed{run['seed']}"
+    command = [sys.executable, TRAINING_SCRIPT, *training_flags, "--output_dir", run_folder]
+    command += ["--method", run["method"], "--seed", run["seed"], "--max_train_seconds", seconds]
+    command += ["--resume_from_checkpoint", "latest"] + ([] if is_last else ["--eval_batch_size", 0])
+    with (folder / f"{run_folder.name}.log").open("a") as log:
+        status = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        lines = Path(log.name).read_text().splitlines() or [""]
+        run["failed"] = f"exit status {status}: {lines[-1]}"
+        return
+    summary = json.loads((run_folder / "training_summary.json").read_text())
+    pipeline = DDPMPipeline.from_pretrained(run_folder)
+    run["scores"].append(
+        {
+            "budget": seconds,
+            "seconds": summary["seconds"]["train"],
+            "steps": summary["steps"],
+            "images": summary["images"],
+            "score": evaluator.score(pipeline),
+        }
+    )
+    records = [record for record in read_metrics(run_folder / "metrics.jsonl") if "density" in record]
+    run["density"] = {name: records[i]["density"] for name, i in (("early", len(records) // 8), ("late", -1))}
+    run["weight"] = {name: records[i]["weight"] for name, i in (("early", len(records) // 8), ("late", -1))}
+
+
+# The report
+
+
+def report(results, folder):
+    """Write table.md, scores.png and densities.png from results.json."""
+    methods = summarise(results)
+    (folder / "table.md").write_text(table(results, methods))
+    plot_scores(results, methods, folder / "scores.png")
+    plot_densities(methods, folder / "densities.png")
+    print((folder / "table.md").read_text())
+
+
+def summarise(results):
+    """{method: {"times", "means", "spreads", "images_per_second", "speed_up", "runs", "failed"}}."""
+    methods = {}
+    for run in results["runs"].values():
+        methods.setdefault(run["method"], {"runs": [], "failed": []})["failed" if "failed" in run else "runs"].append(
+            run
+        )
+    for summary in methods.values():
+        columns = list(zip(*(run["scores"] for run in summary["runs"]), strict=False))
+        summary["times"] = [column[0]["budget"] for column in columns]
+        summary["means"] = [statistics.mean(score["score"] for score in column) for column in columns]
+        summary["spreads"] = [spread([score["score"] for score in column]) for column in columns]
+        rates = [run["scores"][-1]["images"] / run["scores"][-1]["seconds"] for run in summary["runs"] if run["scores"]]
+        summary["images_per_second"] = statistics.mean(rates) if rates else None
+    baseline = methods.get(BASELINE, {}).get("means")
+    for summary in methods.values():
+        summary["speed_up"] = speed_up(summary, baseline[-1]) if baseline else None
+    return methods
+
+
+def spread(values):
+    """Sample standard deviation; None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def speed_up(summary, target):
+    """The whole time over the time at which the mean score first reached `target`, linear between two scores.
+
+    None if it never did; where the first score already did, a lower bound."""
+    times, means = summary["times"], summary["means"]
+    for i, (time, mean) in enumerate(zip(times, means, strict=True)):
+        if mean <= target:
+            if i > 0:
+                share = (means[i - 1] - target) / (means[i - 1] - mean)
+                time = times[i - 1] + share * (time - times[i - 1])
+            return times[-1] / time
+    return None
+
+
+def table(results, methods):
+    """The results as Markdown."""
+    times = max((summary["times"] for summary in methods.values()), key=len)
+    name = results["score"].upper()
+    header = ["method", *(f"{name} at {time:,.0f} s" for time in times), "speed-up", "images/s", "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for method, summary in sorted(methods.items(), key=lambda item: (item[1]["means"] or [float("inf")])[-1]):
+        cells = [
+            f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+            for mean, deviation in zip(summary["means"], summary["spreads"], strict=True)
+        ]
+        cells += ["–"] * (len(times) - len(cells))
+        ratio, rate = summary["speed_up"], summary["images_per_second"]
+        cells += [f"{ratio:.2f}×" if ratio else "–", f"{rate:,.0f}" if rate else "–", str(len(summary["runs"]))]
+        cells[-1] += f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    failures = [
+        f"`{run['method']}`, seed {run['seed']}: {run['failed']}" for s in methods.values() for run in s["failed"]
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Lower is better; mean ± standard deviation over seeds. Speed-up: the time that "
+            f"`{BASELINE}` had, over that at which the method's mean score reached its final one.",
+            f"Device: {results['device']}. `{results['command']}`",
+            *failures,
+            "",
+        ]
+    )
+
+
+def plot_scores(results, methods, path):
+    """Score against training time, a line a method, with the spread over seeds."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, summary in methods.items():
+        errors = [deviation or 0 for deviation in summary["spreads"]]
+        axis.errorbar(summary["times"], summary["means"], errors, marker="o", capsize=3, label=method)
+    axis.set(xlabel="seconds of training", ylabel=results["score"].upper(), xscale="log", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_densities(methods, path):
+    """p_t and the objective p_t * w_t of each method, early and late in its first run."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for method, summary in methods.items():
+        for column, when in enumerate(("early", "late")):
+            if summary["runs"]:
+                density, weight = (summary["runs"][0][name][when] for name in ("density", "weight"))
+                objective = [p * w for p, w in zip(density, weight, strict=True)]
+                positions = [(i + 0.5) / len(density) for i in range(len(density))]
+                axes[0, column].plot(positions, [p / (sum(density) / len(density)) for p in density], label=method)
+                axes[1, column].plot(positions, [o / (sum(objective) / len(density)) for o in objective], label=method)
+    for column, when in enumerate(("early", "late")):
+        axes[0, column].set(title=f"density $p_t$, {when}", ylim=(0, None))
+        axes[1, column].set(title=f"objective $p_t w_t$, {when}", xlabel="$t / T$", ylim=(0, 5))
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

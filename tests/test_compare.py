@@ -1,0 +1,105 @@
+"""Methods against each other in equal time."""
+
+import json
+
+import pytest
+from conftest import SHARED, TINY_UNET
+from PIL import Image
+
+import compare
+
+
+def results_of(scores):
+    """Results of runs {(method, seed): [score at 1 s, 2 s, 4 s]}; None for one that failed."""
+    runs = {}
+    for (method, seed), values in scores.items():
+        run = runs[f"{method}-seed{seed}"] = {"method": method, "seed": seed, "scores": []}
+        if values is None:
+            run["failed"] = "exit status 1: no luck"
+            continue
+        for seconds, value in zip((1.0, 2.0, 4.0), values, strict=True):
+            run["scores"].append({"budget": seconds, "seconds": seconds, "images": 100 * seconds, "score": value})
+        run["density"] = run["weight"] = {"early": [0.5, 0.5], "late": [0.7, 0.3]}
+    return {"runs": runs, "score": "fd", "device": "abacus", "command": "python compare.py"}
+
+
+RESULTS = results_of(
+    {
+        ("ddpm", 0): [9.0, 5.0, 3.0],
+        ("ddpm", 1): [9.0, 5.0, 5.0],
+        ("adaptive", 0): [6.0, 2.0, 1.0],
+        ("adaptive", 1): [6.0, 4.0, 3.0],
+        ("p2", 0): [9.5, 8.0, 7.0],
+        ("edm", 0): [3.0, 2.0, 2.0],
+        ("speed", 0): None,
+    }
+)
+
+
+def test_speed_up_is_over_the_time_at_which_the_baselines_last_score_is_reached():
+    methods = compare.summarise(RESULTS)
+    assert methods["ddpm"]["means"] == [9.0, 5.0, 4.0]
+    assert methods["ddpm"]["speed_up"] == 1.0
+    assert methods["adaptive"]["means"] == [6.0, 3.0, 2.0]
+    assert methods["adaptive"]["speed_up"] == pytest.approx(4 / (1 + 2 / 3))  # 4.0 lies two thirds of the way to 3.0
+    assert methods["p2"]["speed_up"] is None
+    assert methods["edm"]["speed_up"] == 4.0  # from the first score on
+    assert methods["adaptive"]["spreads"][2] == pytest.approx(2**0.5)
+    assert methods["edm"]["spreads"] == [None] * 3
+    assert methods["edm"]["images_per_second"] == 100
+
+
+def test_the_table_ranks_methods_and_names_failures():
+    lines = compare.table(RESULTS, compare.summarise(RESULTS)).splitlines()
+    assert lines[0] == "| method | FD at 1 s | FD at 2 s | FD at 4 s | speed-up | images/s | seeds |"
+    assert [line.split("`")[1] for line in lines[2:7]] == ["adaptive", "edm", "ddpm", "p2", "speed"]
+    assert lines[2] == "| `adaptive` | 6.000 ± 0.000 | 3.000 ± 1.414 | 2.000 ± 1.414 | 2.40× | 100 | 2 |"
+    assert lines[6].startswith("| `speed` | – | – | – |")
+    assert "(1 failed)" in lines[6]
+    assert any("no luck" in line for line in lines[7:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--methods", "magic"], ["--methods magic", "adaptive"]),
+        (["--score_at", "0.5"], ["--score_at", "0.5"]),
+        (["--score_at", "0.5", "0.2", "1"], ["--score_at"]),
+        (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
+        (["--train_batch_size", "0"], ["--train_batch_size 0"]),
+    ],
+)
+def test_bad_flags_end_before_any_training(flags, parts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        compare.main(["--output_dir", str(tmp_path / "out"), "--max_train_seconds", "1", *flags])
+    message = f"{exit.value.code} {capsys.readouterr().err}"
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_methods_for_real_and_resumed(tmp_path, capsys):
+    regnet = SHARED / "metrics" / "cifar10-regnet"
+    if not regnet.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    folder = tmp_path / "out"
+    flags = ["--output_dir", folder, "--max_train_seconds", 1, "--methods", "ddpm", "speed", "--score_at", 1]
+    flags += ["--dataset_name", "digits", "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--logger", "none"]
+    flags += ["--logging_steps", 5, "--eval_num_images", 330, "--eval_num_inference_steps", 2, "--train_batch_size", 8]
+    flags += ["--ddpm_num_steps", 100, "--ddpm_num_inference_steps", 2]  # too few for SpeeD's boundary: a failure
+    flags = [str(flag) for flag in [*flags, "--eval_feature_extractor", regnet]]
+    compare.main(flags)
+    results = json.loads((folder / "results.json").read_text())
+    assert "SpeeD's boundary" in results["runs"]["speed-seed0"]["failed"]
+    (score,) = results["runs"]["ddpm-seed0"]["scores"]
+    assert score["score"] > 0
+    assert 1 <= score["seconds"] < 3
+    assert "`ddpm`" in (folder / "table.md").read_text()
+    for picture in ("scores.png", "densities.png", "ddpm-seed0/samples/final.png"):
+        Image.open(folder / picture).verify()
+
+    compare.main(flags)  # nothing is left to do
+    assert json.loads((folder / "results.json").read_text()) == results
+    with pytest.raises(SystemExit) as exit:
+        compare.main([*flags, "--max_train_seconds", "2"])
+    assert "other settings" in str(exit.value.code)
