@@ -28,7 +28,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import numpy as np
 import torch
 import torch_fidelity
@@ -39,7 +38,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
-from image_data import ImageDataset, decode_image, open_images
+from image_data import open_images
 from recipes import one_line_errors, parse_options
 
 METRICS = ("fid", "kid", "isc", "prc")
@@ -54,7 +53,7 @@ NAMES = {  # torch-fidelity's: (ours with its Inception weights, ours with any o
     torch_fidelity.KEY_METRIC_F_SCORE: ("f_score", "f_score"),
 }
 RESULT = "metrics.json"
-GENERATION_RECORD = "generation.json"  # generate.py keeps one beside its images
+GENERATION_RECORD = "generation.json"  # of generate.py, beside images/ or images.npz
 FEW_IMAGES = 10_000
 
 
@@ -62,7 +61,8 @@ FEW_IMAGES = 10_000
 class EvaluationOptions:
     """Images are named as for training; 1 is the generated set and 2 the reference."""
 
-    input1: str | None = HfArg(default=None, help="Generated images: a folder, an .npz (ADM's), or a data set.")
+    config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
+    input1: str | None = HfArg(default=None, help="Generated images: generate.py's or any folder, an .npz, a data set.")
     input2: str | None = HfArg(default=None, help="Reference images, likewise; a Hub name, or 'digits'.")
     output_dir: str | None = HfArg(default=None, help=f"Where {RESULT} goes.")
     overwrite_output_dir: bool = HfArg(default=False, help=f"Replace the {RESULT} in --output_dir.")
@@ -143,13 +143,14 @@ def main(argv=None):
     start = time.perf_counter()
     with one_line_errors(ValueError, OSError):
         # Refuse what cannot work before anything takes long
-        result_path = claim_result(options)
+        result_path = check_result(options)
         inputs = [open_input(options, 1), open_input(options, 2)]
         check_sizes(options, *inputs)
         counts = [wanted_count(options, number, images) for number, images in enumerate(inputs, 1)]
         check_counts(options, *counts)
         extractor = load_extractor(options.feature_extractor, options.feature_extractor_weights)
         check_rank(options, extractor, *counts)
+        make_folders(options)
 
         images1 = read_images(inputs[0], options.num_images1, options.seed)
         images2 = read_images(inputs[1], options.num_images2, options.seed)
@@ -246,23 +247,28 @@ def open_input(options, number):
     Raises:
         ValueError: it cannot be found or read; the message names the flag.
     """
-    name = getattr(options, f"input{number}")
+    name, split = getattr(options, f"input{number}"), getattr(options, f"split{number}")
+    record = read_generation_record(Path(name).expanduser())
+    if record:
+        name = os.path.join(name, "images.npz" if record["settings"]["format"] == "npz" else "images")
     path = Path(name).expanduser()
     try:
         if path.suffix == ".npz":
-            return NpzImages(path, options.image_mode, options.resolution)
-        if (path / GENERATION_RECORD).is_file():
-            return open_generated(path, options)
-        return open_images(
-            name,
-            dataset_config_name=getattr(options, f"dataset_config_name{number}"),
-            split=getattr(options, f"split{number}"),
-            cache_dir=options.dataset_cache_dir,
-            image_column=getattr(options, f"image_column{number}"),
-            resolution=options.resolution,
-            image_mode=options.image_mode,
-            on_bad_image=options.on_bad_image,
-        )
+            images = NpzImages(path, options.image_mode, options.resolution)
+        else:
+            images = open_images(
+                name,
+                dataset_config_name=getattr(options, f"dataset_config_name{number}"),
+                split=split,
+                cache_dir=options.dataset_cache_dir,
+                image_column=getattr(options, f"image_column{number}"),
+                resolution=options.resolution,
+                image_mode=options.image_mode,
+                on_bad_image=options.on_bad_image,
+            )
+        if record:
+            check_generated(path.parent, record, images, is_slice=split != "train")
+        return images
     except ValueError as error:  # which names the flags of training
         message = re.sub(r"--(dataset_config_name|image_column)\b", rf"--\g<1>{number}", str(error))
         message = message.replace("--dataset_name", f"--input{number}")
@@ -306,38 +312,13 @@ class NpzImages:
         return torch.from_numpy(image.reshape(*size, -1).transpose(2, 0, 1).copy()), []
 
 
-def open_generated(folder, options):
-    """Open a folder that generate.py has written: just the images, not the grid of some of them beside them."""
-    record = json.loads((folder / GENERATION_RECORD).read_text())
-    kind = record["settings"]["format"]
-    if kind == "npz":
-        images = NpzImages(folder / "images.npz", options.image_mode, options.resolution)
-    else:
-        images = _generated_images(folder, kind, options)
-    if record["status"] != "complete" or len(images) != record["num_images"]:
-        raise ValueError(
-            f"{folder} holds {len(images)} of {record['num_images']} images: let generate.py finish, or copy those "
-            "to be scored to another folder"
-        )
-    return images
-
-
-def _generated_images(folder, kind, options):
-    files = sorted(str(file) for file in folder.glob(f"[0-9]*.{kind}"))
-    if not files:
-        raise ValueError(f"{folder} holds no images of generate.py")
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    if kind == "png":
-        rows = datasets.Dataset.from_dict({"image": files}, features=features)
-    else:
-        rows = datasets.Dataset.from_parquet(files, features=features)
-    width, height = decode_image(rows[0]["image"]).size
-    if options.resolution is None and width != height:
-        raise ValueError(f"{folder}: images of {width}x{height} are not square: pass --resolution")
-    resolution = options.resolution or width
-    return ImageDataset(
-        str(folder), rows, mode=options.image_mode, resolution=resolution, on_bad_image=options.on_bad_image
-    )
+def read_generation_record(folder):
+    """What generate.py has noted beside its images; None in any other folder."""
+    try:
+        record = json.loads((folder / GENERATION_RECORD).read_text())
+        return record if {"status", "num_images", "settings"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_images(images, num_images=None, seed=0):
@@ -353,8 +334,8 @@ def read_images(images, num_images=None, seed=0):
 # ----------------------------------------------------------------------------------------------------- checks
 
 
-def claim_result(options):
-    """Make --output_dir and --cache_dir, and return the path of the result. Raises ValueError or OSError."""
+def check_result(options):
+    """The path of the result to come. Raises ValueError if there is one already."""
     path = Path(options.output_dir) / RESULT
     if path.exists() and not options.overwrite_output_dir:
         raise ValueError(f"--output_dir {options.output_dir} has a {RESULT}: --overwrite_output_dir replaces it")
@@ -362,11 +343,26 @@ def claim_result(options):
         folder = getattr(options, flag)
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"--{flag} {folder} is a file, not a folder")
+    return path
+
+
+def make_folders(options):
+    """Make --output_dir and --cache_dir. Raises ValueError or OSError if nothing can be written there."""
+    for flag in ("output_dir", "cache_dir"):
+        folder = getattr(options, flag)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"--{flag} {folder}: no permission to write there")
-    return path
+
+
+def check_generated(folder, record, images, is_slice):
+    """Raise ValueError unless generate.py has finished, and all its images are there."""
+    if record["status"] != "complete" or (len(images) != record["num_images"] and not is_slice):
+        raise ValueError(
+            f"{folder} holds {len(images)} of {record['num_images']} images: let generate.py finish, or copy those "
+            "to be scored to another folder"
+        )
 
 
 def check_sizes(options, images1, images2):

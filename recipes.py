@@ -54,7 +54,7 @@ def one_line_errors(*kinds):
 
 def config_flag(argv):
     """The value of `--config`, wherever it stands among the flags; None without one."""
-    for flag, value in zip(argv, argv[1:] + [None], strict=True):
+    for flag, value in zip(argv, [*argv[1:], None], strict=False):
         if flag == "--config":
             return value
         if flag.startswith("--config="):
@@ -111,8 +111,10 @@ def recipe_to_flags(recipe):
     """A recipe as command-line flags, so that its values pass the same checks. null means the option's default."""
     flags = []
     for name, value in recipe.items():
-        if value is not None:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
 
 

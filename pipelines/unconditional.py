@@ -116,9 +116,7 @@ class Step(NamedTuple):
     sigma: float
 
 
-def denoise_step(
-    step: Step, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None, clip: float | None
-):
+def denoise_step(step: Step, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None, clip: float | None):
     """x_t [B, C, H, W] and the network's output for it -> x_{t-1}; see `Step`."""
     x0 = (step.x0_x * x).add_(output, alpha=step.x0_output).div_(step.x0_scale)
     if clip is not None:
@@ -152,6 +150,10 @@ def denoising_steps(
     table, ddim = scheduler.alphas_cumprod.cpu(), isinstance(scheduler, DDIMScheduler)
     last = scheduler.final_alpha_cumprod.cpu() if ddim else torch.ones(())
     alpha_bar = table[timesteps]
+    if scheduler.config.prediction_type == "epsilon" and (alpha_bar == 0).any():
+        raise ValueError(
+            "prediction_type='epsilon' with a zero terminal SNR: x_0 would be divided by alphas_cumprod = 0"
+        )
     alpha_bar_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], last)
     x0 = predict_x0(scheduler.config.prediction_type, alpha_bar)
     if ddim:
@@ -194,9 +196,7 @@ def ddpm_previous(
     return prev_x0, prev_x, 0.0, variance.sqrt() * (timesteps > 0)
 
 
-def ddim_previous(
-    prediction_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float
-) -> tuple:
+def ddim_previous(prediction_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float) -> tuple:
     """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDIM eq. 12, with the σ_t(η) of eq. 16."""
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
@@ -219,9 +219,7 @@ def inference_timesteps(
         raise ValueError(f"num_inference_steps={count} must be in [1, {trained}], the trained steps")
     if skip_schedule == "quadratic":
         if count == 1:
-            raise ValueError(
-                "num_inference_steps=1 with a quadratic skip_schedule is t=0 alone: use 2 or more"
-            )
+            raise ValueError("num_inference_steps=1 with a quadratic skip_schedule is t=0 alone: use 2 or more")
         tau = np.linspace(0, math.sqrt(0.8 * trained), count) ** 2
         timesteps = torch.from_numpy(np.unique(tau.astype(np.int64))[::-1].copy())
     elif skip_schedule == "uniform":
@@ -352,9 +350,7 @@ def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
     return channels, *((size, size) if isinstance(size, int) else size)
 
 
-def make_grid_image(
-    images: torch.Tensor, columns: int | None = None, scale: int | None = None
-) -> Image.Image:
+def make_grid_image(images: torch.Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
     """One picture of many: uint8 [N, C, H, W], grey or RGB, row by row, two black pixels apart.
 
     Args:

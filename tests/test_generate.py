@@ -4,11 +4,15 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -83,7 +87,8 @@ def run(saved, folder, **options):
 
 def contents(folder):
     """Name -> bytes of all files but the record, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "generation.json"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "generation.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def record(folder):
@@ -97,11 +102,9 @@ def read_images(folder, fmt):
             assert arrays.files == ["arr_0"]
             return arrays["arr_0"]
     if fmt == "png":
-        pictures = [Image.open(path) for path in sorted(folder.glob("0*.png"))]
+        pictures = [Image.open(path) for path in sorted((folder / "images").iterdir())]
     else:
-        cells = [
-            c for path in sorted(folder.glob("*.parquet")) for c in read_table(path)["image"].to_pylist()
-        ]
+        cells = [c for path in sorted((folder / "images").iterdir()) for c in read_table(path)["image"].to_pylist()]
         pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in cells]
     return np.stack([np.array(picture).reshape(*picture.size[::-1], -1) for picture in pictures])
 
@@ -118,9 +121,13 @@ def test_formats_hold_what_the_pipeline_samples(saved, tmp_path, fmt):
     images = read_images(folder, fmt)
     assert images.dtype == np.uint8
     assert np.array_equal(images, expected)
-    files = {"png": [f"{i:06d}.png" for i in range(10)], "npz": ["images.npz"]}
-    shards = ["000000-000003.parquet", "000004-000007.parquet", "000008-000009.parquet"]
-    assert sorted(contents(folder)) == sorted([*files.get(fmt, shards), "grid.png"])
+    files = {
+        "png": [f"images/{i:06d}.png" for i in range(10)],
+        "npz": ["images.npz"],
+        "parquet": [f"images/{name}.parquet" for name in ("000000-000003", "000004-000007", "000008-000009")],
+    }
+    assert sorted(contents(folder)) == ["grid.png", *files[fmt]]
+    assert (folder / "images").exists() == (fmt != "npz")
     assert Image.open(folder / "grid.png").size == (4 * 66 + 2, 3 * 66 + 2)
 
 
@@ -131,14 +138,12 @@ def test_npz_is_what_numpy_would_save(saved, tmp_path):
     assert (folder / "images.npz").read_bytes() == plain.getvalue()
 
 
-def test_parquet_loads_as_a_dataset_of_images(saved, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    folder = run(saved, tmp_path / "out", format="parquet")
-    rows = datasets.load_dataset(
-        "parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert len(rows) == 10
-    assert rows[0]["image"].size == (8, 8)
+@pytest.mark.parametrize("fmt", ["png", "parquet"])
+def test_the_folder_of_images_loads_as_a_dataset(saved, tmp_path, fmt):
+    folder = run(saved, tmp_path / "out", format=fmt)
+    rows = datasets.load_dataset(str(folder / "images"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 10  # and not the grid
+    assert np.array_equal([np.array(image)[..., None] for image in rows["image"]], read_images(folder, fmt))
 
 
 def test_colour_images(tmp_path):
@@ -227,7 +232,7 @@ def test_a_run_that_dies_in_a_write_resumes_to_the_same_files(saved, tmp_path, m
             run(saved, folder, format=fmt)
     assert contents(folder) != expected
     if renames > 0:  # the folder is known as ours: what a kill left of a shard that no longer exists goes too
-        (folder / "000008-000008.npz.tmp").write_bytes(b"half")
+        (folder / "images" / "000008-000008.npz.tmp").write_bytes(b"half")
     assert contents(run(saved, folder, format=fmt)) == expected
     assert record(folder)["status"] == "complete"
 
@@ -238,7 +243,7 @@ def test_a_killed_process_resumes_to_the_same_files(saved, tmp_path):
     script = [sys.executable, generate.__file__]
     process = subprocess.Popen([*script, *flags(saved, folder, **options)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (folder / "000040.png").exists() and time.monotonic() < deadline:
+    while not (folder / "images" / "000040.png").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -264,33 +269,37 @@ def test_more_images_extend_the_folder(saved, tmp_path, fmt):
 def test_a_complete_folder_is_left_alone(saved, tmp_path):
     folder = run(saved, tmp_path)
     before, known = contents(folder), record(folder)
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    times = {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()}
     run(saved, folder)
     assert contents(folder) == before
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")} == times
+    assert {path: path.stat().st_mtime_ns for path in times} == times
     assert record(folder) == known  # the speed of the run that made the images
+
+
+def launch(*line):
+    """generate.py by two processes on the CPU, as its docstring has it."""
+    root = Path(generate.__file__).parent
+    launcher = f"--config_file {root}/accelerate_configs/cpu.yaml --num_processes 2 --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), generate.__file__, *line]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_two_processes_write_the_same_files(saved, tmp_path):
     expected = contents(run(saved, tmp_path / "one", num_images=19))
-    # with --cpu, accelerate would start one process; ACCELERATE_USE_CPU is set above
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *launch.split(),
-            "--main_process_port=0",
-            generate.__file__,
-        ]
-        + flags(saved, tmp_path / "two", num_images=19),
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    process = launch(*flags(saved, tmp_path / "two", num_images=19))
+    assert process.returncode == 0, process.stderr
     assert contents(tmp_path / "two") == expected
     assert record(tmp_path / "two")["num_processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_images": 0}, "--num_images 0 must be 1 or more"), ({"output_dir": __file__}, "is a file")],
+)
+def test_two_processes_exit_with_one_message(saved, tmp_path, options, message):
+    process = launch(*flags(saved, tmp_path / "out", **options))
+    assert process.returncode == 1
+    assert process.stderr.count("generate.py: error: ") == process.stderr.count(message) == 1
 
 
 # Refusals
@@ -312,10 +321,31 @@ def test_two_processes_write_the_same_files(saved, tmp_path):
         ({"pipeline": "/"}, "--pipeline / is no pipeline's folder or Hub id"),
     ],
 )
-def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch, options, match):
+def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch, capsys, options, match):
     monkeypatch.setattr(UnconditionalPipeline, "from_pretrained", None)
-    with pytest.raises(SystemExit, match=match):
+    with pytest.raises(SystemExit) as error:
         run(saved, tmp_path / "out", **options)
+    assert re.search(match, f"{error.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_required_options_may_come_from_a_recipe(saved, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--output_dir", str(tmp_path / "out")])
+    assert "--pipeline is required" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text(f"pipeline: {saved}\nnum_images: 6\nbatch_size: 4\nsampler: ddim\n")
+    flags = ["--config", "recipe.yaml", "--output_dir", "out", "--num_images", "5", "--num_inference_steps", "2"]
+    monkeypatch.chdir(tmp_path)
+    generate.main(flags)
+    settings = record(tmp_path / "out")["settings"]
+    assert (settings["sampler"], settings["batch_size"]) == ("ddim", 4)
+    assert len(read_images(tmp_path / "out", "png")) == 5
+
+
+def test_a_pipeline_without_weights_is_refused_in_one_line(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit, match=r"error: .*diffusion_pytorch_model"):
+        run(tmp_path / "pipeline", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -327,9 +357,7 @@ def test_unknown_options_and_choices_are_refused(saved, tmp_path, capsys):
 
 
 def test_other_pipelines_are_refused_by_what_they_are(tmp_path):
-    pipeline = LDMPipeline(
-        vqvae=VQModel(block_out_channels=(32,)), unet=tiny_unet(3), scheduler=DDIMScheduler()
-    )
+    pipeline = LDMPipeline(vqvae=VQModel(block_out_channels=(32,)), unet=tiny_unet(3), scheduler=DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "ldm")
     with pytest.raises(
         SystemExit, match=r"is a LDMPipeline of scheduler=DDIMScheduler, unet=UNet2DModel, vqvae=VQModel"
@@ -360,9 +388,11 @@ def test_other_settings_are_refused_by_name(saved, tmp_path, options, match):
     with pytest.raises(SystemExit, match=match):
         run(saved, folder, **options)
     assert contents(folder) == before
-    (folder / "notes.txt").write_text("mine")
+    foreign = {"notes.txt": b"mine", "images/notes.txt": b"mine"}
+    for name, data in foreign.items():
+        (folder / name).write_bytes(data)
     run(saved, folder, overwrite_output_dir=True, **options)
-    assert contents(folder) == contents(run(saved, tmp_path / "fresh", **options)) | {"notes.txt": b"mine"}
+    assert contents(folder) == contents(run(saved, tmp_path / "fresh", **options)) | foreign
 
 
 def test_other_weights_are_refused(saved, tmp_path):
@@ -383,11 +413,11 @@ def test_foreign_folders_are_left_alone(saved, tmp_path):
     assert (tmp_path / "photo.png").read_bytes() == b"mine"
 
     other = tmp_path / "other"
-    other.mkdir()
-    (other / "000001.png").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match=r"000001.png that generate.py did not write"):
+    (other / "images").mkdir(parents=True)
+    (other / "images" / "photo.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"has images, which generate.py did not write"):
         run(saved, other, overwrite_output_dir=True)
-    assert (other / "000001.png").read_bytes() == b"mine"
+    assert contents(other) == {"images/photo.png": b"mine"}
     with pytest.raises(SystemExit, match="is a file"):
         run(saved, tmp_path / "photo.png")
 
@@ -395,7 +425,7 @@ def test_foreign_folders_are_left_alone(saved, tmp_path):
 def test_the_same_command_with_overwrite_resumes(saved, tmp_path):
     """Equal settings make equal images: there is nothing to throw away."""
     folder = run(saved, tmp_path, overwrite_output_dir=True)
-    (folder / "000005.png").unlink()
+    (folder / "images" / "000005.png").unlink()
     run(saved, folder, overwrite_output_dir=True)
     assert record(folder)["new_images"] == 4
 

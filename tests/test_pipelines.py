@@ -61,9 +61,7 @@ def assert_steps_agree(scheduler, count, monkeypatch, **step_kwargs):
             monkeypatch.setattr(module, "randn_tensor", lambda *_, noise=noise, **__: noise)
         theirs = scheduler.step(output, torch.tensor(step.timestep), x, **step_kwargs).prev_sample
         ours = denoise_step(step, x, output, noise if step.sigma > 0 else None, clip)
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m: f"{scheduler.config}: {m}"
-        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m: f"{scheduler.config}: {m}")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -207,9 +205,7 @@ def test_an_image_does_not_depend_on_its_batch(unet):
     alone, *others = (pipeline.sample(indices, seed=3) for indices in ([7], [7, 1], [0, 1, 2, 7], range(8)))
     for images in others:
         seven = images[[len(images) - 1]] if len(images) > 2 else images[:1]
-        assert (
-            seven.int() - alone.int()
-        ).abs().max() <= 1  # the network may round otherwise for another batch size
+        assert (seven.int() - alone.int()).abs().max() <= 1  # the network may round otherwise for another batch size
     assert not torch.equal(alone, pipeline.sample([8], seed=3))
     assert not torch.equal(alone, pipeline.sample([7], seed=4))
 
@@ -299,6 +295,8 @@ def test_the_loop_never_waits_for_the_device(unet):
         (DDIMScheduler(), {"skip_schedule": "cubic"}, ValueError, "cubic"),
         (DDIMScheduler(), {"skip_schedule": "quadratic", "num_inference_steps": 1}, ValueError, "2 or more"),
         (object(), {}, ValueError, "object is not a DDPMScheduler"),
+        (DDPMScheduler(rescale_betas_zero_snr=True), {}, ValueError, "'epsilon' with a zero terminal SNR"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), {}, ValueError, "'epsilon' with a zero terminal SNR"),
     ],
 )
 def test_refuses_by_name(scheduler, arguments, error, match):
@@ -314,9 +312,7 @@ def test_refuses_an_empty_batch(unet):
 # Folders
 
 
-@pytest.mark.parametrize(
-    "scheduler", [DDPMScheduler(num_train_timesteps=20), DDIMScheduler(num_train_timesteps=20)]
-)
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(num_train_timesteps=20), DDIMScheduler(num_train_timesteps=20)])
 def test_stock_folders_load_and_ours_load_in_stock(unet, scheduler, tmp_path):
     DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "stock")
     ours = UnconditionalPipeline.from_pretrained(tmp_path / "stock")
