@@ -39,7 +39,13 @@ from training.evaluation import Evaluator
 from training.metrics import LossMeter, TrainingLog
 from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
-from training.report import create_hub_repository, plot_timestep_density, upload_to_hub, write_model_card
+from training.report import (
+    create_hub_repository,
+    plot_timestep_density,
+    print_summary,
+    upload_to_hub,
+    write_model_card,
+)
 from training.saving import save_pipeline
 from training.stopping import Interval, NonFiniteGuard, StopCondition
 
@@ -87,6 +93,9 @@ class TrainingOptions:
     method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="A named pair of the two below.")
     timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
     loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
+    timestep_sampler_options: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "Keyword arguments of the sampler's class, JSON."}
+    )
     low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
 
     # Budget: the first that is spent ends the run
@@ -247,6 +256,7 @@ def main(options):
             low_discrepancy=options.low_discrepancy,
             seed=options.seed,
             device=device,
+            **options.timestep_sampler_options,
         )
 
         if accelerator.is_main_process:
@@ -309,6 +319,14 @@ def main(options):
             part.load_state_dict(state[name])
         accelerator.print(f"resumed from {checkpoint}")
 
+    def denoising_loss(images, timesteps, noise):
+        """[N] the network's epsilon-losses as it is now, for a sampler that measures what an update changes."""
+        unet.eval()
+        with torch.no_grad():
+            losses = epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
+        unet.train()
+        return losses
+
     def save_state():
         with clock.phase("save"):
             state = {"step": step, "images": images_seen, "seconds": clock.report()}
@@ -349,14 +367,16 @@ def main(options):
     unet.train()
     with clock.phase("train"), one_line_errors(FloatingPointError, OSError, BadImage), closing(log):
         while (reason := stop.reason(step)) is None:
-            images = next(batches)
-            drawn = sampler.sample(len(images))
             generator.manual_seed(fold_seed(options.seed, step, stream=1))
+            images = next(batches)
+            flips = draw_shared(torch.rand, images.shape[:1], generator, rank, world_size) < 0.5
+            images = normalize(images, flips if options.random_flip else None)
+            drawn = sampler.sample(len(images), images=images)
+            sampler.before_update(images, denoising_loss)
             for part in range(options.gradient_accumulation_steps):
                 share = slice(part, None, options.gradient_accumulation_steps)
-                timesteps, weights = drawn.timesteps[share], drawn.weights[share]
-                flips, noise = draw_flips_and_noise(images[share], generator, rank, world_size)
-                clean_images = normalize(images[share], flips if options.random_flip else None)
+                clean_images, timesteps, weights = images[share], drawn.timesteps[share], drawn.weights[share]
+                noise = draw_shared(torch.randn, clean_images.shape, generator, rank, world_size)
                 with accelerator.accumulate(unet):
                     losses = epsilon_losses(unet, noise_scheduler, clean_images, noise, timesteps, epsilon_scale)
                     accelerator.backward((weights * losses).mean())
@@ -368,6 +388,7 @@ def main(options):
                         guard.observe(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+            sampler.after_update(denoising_loss)
             lr_scheduler.step()
             ema.step(unet.parameters())
             step += 1
@@ -421,14 +442,11 @@ def total_steps(options, steps_per_epoch):
     return min((steps for steps in (options.max_train_steps, by_epochs) if steps), default=None)
 
 
-def draw_flips_and_noise(images, generator, rank, world_size):
-    """This process's share of the step's random numbers: flips [B] bool and noise like `images`, float32.
-
-    All processes draw for all of them, so that a step does not depend on how many processes share it."""
-    num_images, *shape = len(images) * world_size, *images.shape[1:]
-    flips = torch.rand(num_images, generator=generator, device=images.device) < 0.5
-    noise = torch.randn(num_images, *shape, generator=generator, device=images.device)
-    return flips[rank::world_size], noise[rank::world_size]
+def draw_shared(draw, shape, generator, rank, world_size):
+    """This process's share, of `shape`, of random numbers that every process draws for all of them, so that a step does
+    not depend on how many processes share it. draw: torch.rand or torch.randn."""
+    batch_size, *shape = shape
+    return draw(batch_size * world_size, *shape, generator=generator, device=generator.device)[rank::world_size]
 
 
 def is_due(epochs, images_seen, images_per_step, num_images):
@@ -436,17 +454,6 @@ def is_due(epochs, images_seen, images_per_step, num_images):
     if not epochs:
         return False
     return images_seen // (epochs * num_images) > (images_seen - images_per_step) // (epochs * num_images)
-
-
-def print_summary(options, summary):
-    """Where the time went, what there is now, and how to go on."""
-    seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
-    print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
-    print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
-    if summary["stopped_by"] == "signal":
-        print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
-    else:
-        print(f"samples: {options.output_dir}/samples/final.png")
 
 
 def command_line(argv):

@@ -11,10 +11,17 @@ A method is a pair: a timestep sampler (the density p_t) and a loss weighting (t
 
 from . import weightings
 from .adaptive import AdaptiveSampler
+from .adaptive_log_snr import AdaptiveLogSNRSampler
 from .base import TimestepBatch, TimestepSampler, fold_seed
+from .clts import CLTSSampler
+from .info_noise import InfoNoiseSampler
+from .kim import KimSampler
 from .log_normal import LogNormalSampler
+from .logit_normal import LogitNormalSampler
+from .loss_second_moment import LossSecondMomentSampler
 from .schedule import NoiseSchedule
 from .speed import SpeeDSampler
+from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
 from .weightings import epsilon_loss_scale
 
@@ -22,6 +29,13 @@ TIMESTEP_SAMPLERS = {
     "uniform": UniformSampler,
     "speed": SpeeDSampler,
     "log_normal": LogNormalSampler,
+    "logit_normal": LogitNormalSampler,
+    "clts": CLTSSampler,
+    "loss_second_moment": LossSecondMomentSampler,
+    "uncertainty": UncertaintySampler,
+    "adaptive_log_snr": AdaptiveLogSNRSampler,
+    "info_noise": InfoNoiseSampler,
+    "kim": KimSampler,
     "adaptive": AdaptiveSampler,
 }
 
@@ -33,6 +47,13 @@ METHODS = {  # name: (timestep sampler, loss weighting), as published
     "p2": ("uniform", "p2"),
     "speed": ("speed", "change_aware"),
     "edm": ("log_normal", "edm"),
+    "logit_normal": ("logit_normal", "none"),
+    "clts": ("clts", "none"),
+    "loss_second_moment": ("loss_second_moment", "none"),
+    "edm2": ("uncertainty", "edm"),
+    "adaptive_log_snr": ("adaptive_log_snr", "none"),
+    "info_noise": ("info_noise", "edm"),
+    "kim": ("kim", "none"),
     "adaptive": ("adaptive", "bell"),
 }
 
@@ -40,12 +61,19 @@ __all__ = [
     "LOSS_WEIGHTINGS",
     "METHODS",
     "TIMESTEP_SAMPLERS",
+    "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
+    "CLTSSampler",
+    "InfoNoiseSampler",
+    "KimSampler",
     "LogNormalSampler",
+    "LogitNormalSampler",
+    "LossSecondMomentSampler",
     "NoiseSchedule",
     "SpeeDSampler",
     "TimestepBatch",
     "TimestepSampler",
+    "UncertaintySampler",
     "UniformSampler",
     "epsilon_loss_scale",
     "fold_seed",
@@ -67,7 +95,7 @@ def make_timestep_sampler(
         options: of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
 
     Raises:
-        ValueError: an unknown name, or a method that this noise schedule does not allow.
+        ValueError: an unknown name or option, or a method that this noise schedule does not allow.
     """
     default_sampler, default_weighting = _lookup(METHODS, "method", method)
     sampler_name = timestep_sampler or default_sampler
@@ -83,7 +111,10 @@ def make_timestep_sampler(
             f"loss_weighting {weighting_name!r} cannot be used with this noise schedule: at timestep {bad} the weight "
             f"is {float(loss_weights[bad])} (abar = {float(noise_scheduler.alphas_cumprod[bad]):.3g})"
         )
-    return sampler_class(noise_scheduler, loss_weights, device=device, **options)
+    try:
+        return sampler_class(noise_scheduler, loss_weights, device=device, **options)
+    except TypeError as error:
+        raise ValueError(f"timestep_sampler_options {options} for {sampler_name!r}: {error}") from error
 
 
 def _lookup(registry, kind, name):

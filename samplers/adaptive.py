@@ -3,15 +3,12 @@
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from .base import TimestepSampler, rank_and_world_size
-
-EXPLODED = 1e8  # a loss beyond this says nothing about its timestep; float32 sums stay finite
+from .loss_aware import LossAwareSampler
 
 
-class AdaptiveSampler(TimestepSampler):
+class AdaptiveSampler(LossAwareSampler):
     """p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
 
     Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting (`bell` by default). Any density with
@@ -22,23 +19,18 @@ class AdaptiveSampler(TimestepSampler):
 
     E[l_t] is a running mean: sums and counts that decay with the number of draws, both smoothed over neighbouring
     timesteps by a Gaussian before they are divided. p_t is mixed with a little uniform, so that no timestep is
-    starved and no weight explodes; until `warmup` draws per timestep were seen, p_t is uniform. Statistics stay on
-    the device and are summed over processes each time the density is renewed.
-
-    In between, each process holds the losses that it alone has seen. States saved one a process resume exactly; one
-    saved by the first for all, as `accelerator.register_for_checkpointing` does, leaves out what the others have seen
-    since the last renewal.
+    starved and no weight explodes; until `warmup` draws per timestep were seen, p_t is uniform.
 
     Args:
         uniform_fraction: of the draws that are uniform, in (0, 1].
         warmup: draws per timestep before the density adapts.
         horizon: draws per timestep over which the running mean forgets (a time constant).
         smoothing: standard deviation of the Gaussian over timesteps, as a fraction of T.
-        refresh_every: updates between two renewals of the density.
+        refresh_every: updates between two renewals of the density (of `LossAwareSampler`).
     """
 
     corrects_for_density = True
-    state_names = ("sums", "pending", "draws_seen", "updates", "rank")
+    state_names = (*LossAwareSampler.state_names, "sums", "draws_seen")
 
     def __init__(
         self,
@@ -49,7 +41,6 @@ class AdaptiveSampler(TimestepSampler):
         warmup=5.0,
         horizon=20.0,
         smoothing=0.005,
-        refresh_every=20,
         **options,
     ):
         if not 0 < uniform_fraction <= 1:
@@ -58,24 +49,9 @@ class AdaptiveSampler(TimestepSampler):
         T = self.num_train_timesteps
         self.uniform_fraction = uniform_fraction
         self.warmup_draws, self.horizon_draws = warmup * T, horizon * T
-        self.refresh_every = refresh_every
         self._kernel = self._table(gaussian_kernel(smoothing * T))
         self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
-        self.pending = torch.zeros(2, T, device=self.device)  # the same since the last renewal, of this process alone
         self.draws_seen = torch.zeros((), device=self.device)
-        self.updates = 0
-        self.rank = rank_and_world_size()[0]
-
-    @torch.no_grad()
-    def update(self, timesteps, losses):
-        """Add a batch of losses [B] at timesteps [B]; those that are not finite, or exploded, are left out."""
-        losses = losses.detach().float()
-        usable = losses.abs() < EXPLODED
-        self.pending[0].index_add_(0, timesteps, torch.where(usable, losses, 0.0))
-        self.pending[1].index_add_(0, timesteps, usable.float())
-        self.updates += 1
-        if self.updates % self.refresh_every == 0:
-            self._renew_density()
 
     def expected_loss(self):
         """[T] the current estimate of E[l_t]."""
@@ -86,19 +62,9 @@ class AdaptiveSampler(TimestepSampler):
         overall = self.sums[0].sum() / self.sums[1].sum().clamp_min(1.0)
         return (losses + overall) / (draws + 1)  # as if the overall mean had been seen once: defined before any draw
 
-    def load_state_dict(self, state):
-        rank = self.rank
-        super().load_state_dict(state)
-        if self.rank != rank:  # the losses since the last renewal are another process's, which counts them itself
-            self.pending.zero_()
-            self.rank = rank
-
-    def _renew_density(self):
-        if rank_and_world_size()[1] > 1:
-            dist.all_reduce(self.pending)
-        draws = self.pending[1].sum()
-        self.sums.mul_(torch.exp(-draws / self.horizon_draws)).add_(self.pending)
-        self.pending.zero_()
+    def _renew(self, pending):
+        draws = pending[1].sum()
+        self.sums.mul_(torch.exp(-draws / self.horizon_draws)).add_(pending)
         self.draws_seen += draws
         optimal = self.loss_weights * self.expected_loss().sqrt()
         ready = (self.draws_seen >= self.warmup_draws) & (optimal.sum() > 0)

@@ -60,12 +60,13 @@ class TimestepSampler:
         return self.loss_weights / (self.num_train_timesteps * self.probabilities)
 
     @torch.no_grad()
-    def sample(self, batch_size, generator=None):
+    def sample(self, batch_size, generator=None, images=None):
         """Draw a batch: timesteps [B] int64 in [0, T) and weights [B] float32, on `device`.
 
         Args:
             batch_size: B, of this process.
             generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
+            images: [B, C, H, W] in [-1, 1], that the timesteps are for; most samplers do not look at them.
         """
         rank, world_size = rank_and_world_size()
         if generator is None:
@@ -78,6 +79,18 @@ class TimestepSampler:
 
     def update(self, timesteps, losses):
         """Learn from a step. timesteps: [B] as drawn; losses: [B] unweighted epsilon-losses, detached."""
+
+    def before_update(self, images, denoising_loss):
+        """Measure the model before the optimiser moves it; only for a sampler that learns from what an update changes.
+
+        Args:
+            images: [B, C, H, W] as given to `sample`.
+            denoising_loss: of the model as it is: (images [N, C, H, W], timesteps [N], noise like images) -> [N]
+                unweighted epsilon-losses, without gradients, dropout or use of the global random state.
+        """
+
+    def after_update(self, denoising_loss):
+        """The optimiser has moved the model: measure it again."""
 
     def state_dict(self):
         """Everything that the next draws depend on."""

@@ -64,6 +64,8 @@ BAD_STARTS = [
     (["--noise_scheduler", '{"no_such_setting": 1}'], ["--noise_scheduler", "no_such_setting"]),
     (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--prediction_type epsilon", "v_prediction"]),
     (["--method", "speed", "--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "5"], ["SpeeD", "noise schedule"]),
+    (["--timestep_sampler_options", '{"horizons": 3}'], ["timestep_sampler_options", "horizons"]),
+    (["--timestep_sampler_options", '{"uniform_fraction": 0}'], ["uniform_fraction", "(0, 1]"]),
     (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint"]),
     (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),
 ]

@@ -34,7 +34,7 @@ SCHEDULES = {
     "zero_snr": {"rescale_betas_zero_snr": True},
 }
 LENGTHS = (1000, 4000, 50)
-WEIGHTING_OF = {"adaptive": "bell", "log_normal": "none", "speed": "none", "uniform": "none"}
+WEIGHTING_OF = {name: "none" for name in TIMESTEP_SAMPLERS} | {"adaptive": "bell"}
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -364,7 +364,7 @@ def test_importance_sampling_is_unbiased_in_practice(low_discrepancy):
 @every_sampler
 def test_other_samplers_change_the_objective_and_leave_the_weighting_alone(name):
     sampler = make(name, weighting="p2")
-    if not sampler.corrects_for_density:
+    if not sampler.corrects_for_density and name != "uncertainty":  # which learns the weighting
         assert torch.allclose(sampler.weights.double(), 1 / (1 + tables().snr))
 
 

@@ -101,6 +101,17 @@ image = pipeline().images[0]
     ModelCard(text).save(folder / "README.md")
 
 
+def print_summary(options, summary):
+    """Where the time went, what there is now, and how to go on."""
+    seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
+    print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
+    print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
+    if summary["stopped_by"] == "signal":
+        print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
+    else:
+        print(f"samples: {options.output_dir}/samples/final.png")
+
+
 def create_hub_repository(options):
     """Create the Hub repository before training, so that a missing token is found out at once. Returns its id."""
     name = options.hub_model_id or Path(options.output_dir).name
