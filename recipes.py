@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -45,10 +46,14 @@ def parse_options(options_class, argv=None):
 
 @contextmanager
 def one_line_errors(*kinds):
-    """Exit with status 1 and one line on stderr where the block raises an error that the user can mend."""
+    """Exit with status 1 and one line on stderr where the block raises an error that the user can mend.
+
+    With ADAPTIVE_DDPM_TRACEBACK in the environment, the error comes with its traceback."""
     try:
         yield
     except kinds as error:
+        if "ADAPTIVE_DDPM_TRACEBACK" in os.environ:
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
@@ -120,15 +125,17 @@ def recipe_to_flags(recipe):
 
 def save_options(options, path, leave_out=()):
     """Write resolved options as a recipe that repeats them; without `--config` and those named in `leave_out`."""
-    path.write_text(yaml.safe_dump(_plain_values(options, leave_out), sort_keys=False))
+    path.write_text(yaml.safe_dump(plain_values(options, leave_out), sort_keys=False))
 
 
 def changed_options(options, path, leave_out=()):
-    """{name: (value saved at `path`, value now)} of the options that differ."""
-    saved, now = read_yaml_mapping(path), _plain_values(options, leave_out)
+    """{name: (value saved at `path`, value now)} of the options that differ; nothing where nothing was saved."""
+    if not path.exists():
+        return {}
+    saved, now = read_yaml_mapping(path), plain_values(options, leave_out)
     return {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
 
 
-def _plain_values(options, leave_out):
+def plain_values(options, leave_out):
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
     return {name: value for name, value in values.items() if name not in ("config", *leave_out)}

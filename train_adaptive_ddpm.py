@@ -4,6 +4,8 @@ accelerate launch train_adaptive_ddpm.py --config configs/digits.yaml
 accelerate launch train_adaptive_ddpm.py --config configs/cifar10.yaml --mixed_precision bf16
 """
 
+import argparse
+import importlib.util
 import logging
 import math
 import os
@@ -16,7 +18,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
@@ -32,7 +34,7 @@ from samplers import (
     fold_seed,
     make_timestep_sampler,
 )
-from training.checkpoints import find_checkpoint, read_process_state, save_checkpoint
+from training.checkpoints import discard_checkpoints_after, find_checkpoint, read_process_state, save_checkpoint
 from training.clock import PhaseClock
 from training.ema import WeightAverage, whole
 from training.evaluation import Evaluator
@@ -118,9 +120,9 @@ class TrainingOptions:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf for no clipping.")
     max_nonfinite_steps: int = HfArg(default=50, help="Non-finite updates in a row at which to give up.")
     use_ema: bool = HfArg(default=True, help="Save an exponential moving average of the weights.")
-    ema_inv_gamma: float = HfArg(default=1.0, help="EMA decay is 1 - (1 + step / inv_gamma)^-power, ...")
-    ema_power: float = HfArg(default=0.75, help="... ")
-    ema_max_decay: float = HfArg(default=0.9999, help="... up to this.")
+    ema_inv_gamma: float = HfArg(default=1.0, help="The average's decay is 1 - (1 + step / inv_gamma)^-power.")
+    ema_power: float = HfArg(default=0.75, help="The power in that formula.")
+    ema_max_decay: float = HfArg(default=0.9999, help="The average's decay at most.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = HfArg(default=None, help="Default: accelerate's setting.")
     compile: bool = HfArg(default=False, help="torch.compile the network; compiled before the clock starts.")
 
@@ -129,11 +131,11 @@ class TrainingOptions:
     logging_dir: str = HfArg(default="logs", help="Under --output_dir.")
     logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
     eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; 0 for no grids.")
-    ddpm_num_inference_steps: int = HfArg(default=1000, help="Denoising steps for the sample grids.")
+    ddpm_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for the grids; default: T.")
     eval_steps: int | None = HfArg(default=None, help="Updates between two scores (FID) of samples; default: none.")
     eval_seconds: float | None = HfArg(default=None, help="Training seconds between two scores.")
     eval_num_images: int = HfArg(default=5000, help="Images drawn for a score.")
-    eval_num_inference_steps: int = HfArg(default=50, help="Denoising steps for those.")
+    eval_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for those; default: 50.")
     eval_feature_extractor: str | None = HfArg(default=None, help="As in evaluate.py; default: Inception.")
     eval_feature_extractor_weights: str | None = HfArg(default=None, help="A local file of Inception's weights.")
     save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
@@ -172,16 +174,24 @@ class TrainingOptions:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
         if self.ddpm_num_steps < 2:
             raise ValueError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be at least 2")
+        self.ddpm_num_inference_steps = self.ddpm_num_inference_steps or self.ddpm_num_steps
+        self.eval_num_inference_steps = self.eval_num_inference_steps or min(50, self.ddpm_num_steps)
         for name in ("ddpm_num_inference_steps", "eval_num_inference_steps"):
             if getattr(self, name) > self.ddpm_num_steps:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: must not exceed --ddpm_num_steps ({self.ddpm_num_steps})"
                 )
         for name, registry in (("timestep_sampler", TIMESTEP_SAMPLERS), ("loss_weighting", LOSS_WEIGHTINGS)):
-            default = METHODS[self.method][0 if name == "timestep_sampler" else 1]
-            setattr(self, name, getattr(self, name) or default)
-            if getattr(self, name) not in registry:
+            if getattr(self, name) is not None and getattr(self, name) not in registry:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
+        if (
+            Path(self.logging_dir).is_absolute()
+            or {".."} & set(Path(self.logging_dir).parts)
+            or self.logging_dir == "."
+        ):
+            raise ValueError(f"--logging_dir {self.logging_dir}: must be a folder inside --output_dir")
+        if self.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
@@ -195,7 +205,7 @@ class TrainingOptions:
 def main(options):
     warn_of_missing_processes()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # however it was launched
+        cpu=not torch.cuda.is_available(),  # however it was launched; other accelerators are not supported
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         mixed_precision=options.mixed_precision,
         log_with=None if options.logger == "none" else options.logger,
@@ -218,13 +228,16 @@ def main(options):
             claim_output_dir(options)
         accelerator.wait_for_everyone()
         checkpoint, state = None, {"step": 0, "images": 0, "seconds": None}
-        if options.resume_from_checkpoint:
+        if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+            raise ValueError("--mixed_precision fp16: needs a GPU; on a CPU choose bf16 or no")
+        if options.resume_from_checkpoint and accelerator.is_main_process:
             checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, logger.warning)
+        (checkpoint,) = broadcast_object_list([checkpoint])  # the main process decides for all
         if checkpoint:
             state = read_process_state(checkpoint, rank)
             clock = PhaseClock(device, state["seconds"])
-            for name, (old, new) in changed_options(options, output_dir / OPTIONS_FILE, NOT_SAVED).items():
-                logger.warning(f"resuming with --{name} {new}, which was {old}")
+            if state["processes"] != world_size:
+                logger.warning(f"resuming with {world_size} processes, which were {state['processes']}")
         step, images_seen = state["step"], state["images"]
         hub_repository = create_hub_repository(options) if options.push_to_hub and accelerator.is_main_process else None
 
@@ -240,6 +253,10 @@ def main(options):
                 on_bad_image=options.on_bad_image,
             )
         options.resolution = dataset.resolution
+        if checkpoint:
+            left_out = (*NOT_SAVED, "output_dir")
+            for name, (old, new) in changed_options(options, checkpoint.parent / OPTIONS_FILE, left_out).items():
+                logger.warning(f"resuming with --{name} {new}, which was {old}")
 
         # Model and noise
         noise_scheduler = build_noise_scheduler(options)
@@ -251,6 +268,7 @@ def main(options):
         # Timesteps: which to train on, and how much each example counts
         sampler = make_timestep_sampler(
             schedule,
+            options.method,
             timestep_sampler=options.timestep_sampler,
             loss_weighting=options.loss_weighting,
             low_discrepancy=options.low_discrepancy,
@@ -261,6 +279,9 @@ def main(options):
 
         if accelerator.is_main_process:
             check_disk_space(options, num_parameters)
+            if checkpoint:
+                for path in discard_checkpoints_after(output_dir, step):
+                    logger.warning(f"{path} is discarded: the run goes on from {checkpoint}")
             if options.overwrite_output_dir:
                 delete_results(output_dir, options.logging_dir)
             save_options(options, output_dir / OPTIONS_FILE, NOT_SAVED)
@@ -290,8 +311,9 @@ def main(options):
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),
+        fused=True,  # which `NonFiniteGuard` needs
     )
+    adam_settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "weight_decay", "eps")}
     lr_scheduler = get_scheduler(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
     )
@@ -315,6 +337,7 @@ def main(options):
     stateful = {"sampler": sampler, "meter": meter, "guard": guard}  # a part on each process
     if checkpoint:
         accelerator.load_state(str(checkpoint))
+        override_settings(optimizer, lr_scheduler, adam_settings)
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         accelerator.print(f"resumed from {checkpoint}")
@@ -329,7 +352,7 @@ def main(options):
 
     def save_state():
         with clock.phase("save"):
-            state = {"step": step, "images": images_seen, "seconds": clock.report()}
+            state = {"step": step, "images": images_seen, "seconds": clock.report(), "processes": world_size}
             state |= {name: part.state_dict() for name, part in stateful.items()}
             save_checkpoint(accelerator, output_dir, step, state, options.checkpoints_total_limit)
 
@@ -373,6 +396,7 @@ def main(options):
             images = normalize(images, flips if options.random_flip else None)
             drawn = sampler.sample(len(images), images=images)
             sampler.before_update(images, denoising_loss)
+            step_losses = []
             for part in range(options.gradient_accumulation_steps):
                 share = slice(part, None, options.gradient_accumulation_steps)
                 clean_images, timesteps, weights = images[share], drawn.timesteps[share], drawn.weights[share]
@@ -380,7 +404,7 @@ def main(options):
                 with accelerator.accumulate(unet):
                     losses = epsilon_losses(unet, noise_scheduler, clean_images, noise, timesteps, epsilon_scale)
                     accelerator.backward((weights * losses).mean())
-                    sampler.update(timesteps, losses.detach())
+                    step_losses.append(losses.detach())
                     meter.add_losses(timesteps, losses.detach(), weights)
                     if accelerator.sync_gradients:
                         grad_norm = whole(accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm))
@@ -388,6 +412,7 @@ def main(options):
                         guard.observe(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+            sampler.update(drawn.timesteps, torch.stack(step_losses, dim=1).flatten())  # in the order of the draws
             sampler.after_update(denoising_loss)
             lr_scheduler.step()
             ema.step(unet.parameters())
@@ -409,21 +434,22 @@ def main(options):
                 save_state()
 
     # The end; after a signal, only what is needed to go on
-    if reason == "signal" or options.checkpointing_steps:
-        save_state()
-    save_model()
-    if reason != "signal":
-        if step % options.logging_steps:
-            log.write(step, images_seen, meter, guard, lr_scheduler, sampler, last=True)
-        if options.eval_batch_size:
-            save_samples("final")
-    if accelerator.is_main_process:
-        plot_timestep_density(log.path, output_dir / "timestep_density.png", schedule.num_train_timesteps)
-        summary = log.summary(step, images_seen, num_parameters, reason, skipped_images=batches.skipped)
-        write_model_card(options, summary, sampler)
-        print_summary(options, summary)
-    if hub_repository and reason != "signal":
-        upload_to_hub(hub_repository, options)
+    with one_line_errors(OSError):
+        if reason == "signal" or options.checkpointing_steps:
+            save_state()
+        save_model()
+        if reason != "signal":
+            if step % options.logging_steps:
+                log.write(step, images_seen, meter, guard, lr_scheduler, sampler, last=True)
+            if options.eval_batch_size:
+                save_samples("final")
+        if accelerator.is_main_process:
+            plot_timestep_density(log.path, output_dir / "timestep_density.png", schedule.num_train_timesteps)
+            summary = log.summary(step, images_seen, num_parameters, reason, skipped_images=batches.skipped)
+            write_model_card(options, summary, hub_repository)
+            print_summary(options, summary)
+        if hub_repository and reason != "signal":
+            upload_to_hub(hub_repository, options)
     accelerator.end_training()
 
 
@@ -434,6 +460,15 @@ def warn_of_missing_processes():
             "accelerate launch started one process only; for several on a CPU, launch with "
             "--config_file accelerate_configs/cpu.yaml --num_processes N"
         )
+
+
+def override_settings(optimizer, lr_scheduler, settings):
+    """Let flags override what a checkpoint has brought of the optimiser's settings, and keep its state."""
+    for group in optimizer.param_groups:
+        group.update(settings, initial_lr=settings["lr"])
+    lr_scheduler.base_lrs = [settings["lr"]] * len(lr_scheduler.lr_lambdas)
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = settings["lr"] * factor(lr_scheduler.last_epoch)
 
 
 def total_steps(options, steps_per_epoch):
@@ -457,9 +492,12 @@ def is_due(epochs, images_seen, images_per_step, num_images):
 
 
 def command_line(argv):
-    """The options of a command line; where it names neither recipe nor data, those of the embedded digits' recipe."""
-    names_data = ("--config", "--dataset_name", "--dataset-name", "--train_data_dir")
-    if not any(flag.partition("=")[0] in names_data for flag in argv):
+    """The options of a command line; where it names neither recipe nor other data, those of the embedded digits'."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dataset_name", "--dataset-name", "--train_data_dir", default="digits")
+    named, _ = parser.parse_known_args(argv)
+    if named.config is None and named.dataset_name == "digits" and not {"-h", "--help"} & set(argv):
         argv = ["--config", str(Path(__file__).parent / "configs" / "digits.yaml"), *argv]
     return parse_options(TrainingOptions, argv)
 

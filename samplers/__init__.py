@@ -78,6 +78,7 @@ __all__ = [
     "epsilon_loss_scale",
     "fold_seed",
     "make_timestep_sampler",
+    "resolve_method",
 ]
 
 
@@ -97,9 +98,7 @@ def make_timestep_sampler(
     Raises:
         ValueError: an unknown name or option, or a method that this noise schedule does not allow.
     """
-    default_sampler, default_weighting = _lookup(METHODS, "method", method)
-    sampler_name = timestep_sampler or default_sampler
-    weighting_name = loss_weighting or default_weighting
+    sampler_name, weighting_name = resolve_method(method, timestep_sampler, loss_weighting)
     sampler_class = _lookup(TIMESTEP_SAMPLERS, "timestep_sampler", sampler_name)
     weighting = _lookup(LOSS_WEIGHTINGS, "loss_weighting", weighting_name)
     if not isinstance(noise_scheduler, NoiseSchedule):
@@ -115,6 +114,12 @@ def make_timestep_sampler(
         return sampler_class(noise_scheduler, loss_weights, device=device, **options)
     except TypeError as error:
         raise ValueError(f"timestep_sampler_options {options} for {sampler_name!r}: {error}") from error
+
+
+def resolve_method(method, timestep_sampler=None, loss_weighting=None):
+    """The names of a method's timestep sampler and loss weighting, with either replaced where one is given."""
+    default_sampler, default_weighting = _lookup(METHODS, "method", method)
+    return timestep_sampler or default_sampler, loss_weighting or default_weighting
 
 
 def _lookup(registry, kind, name):

@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from recipes import load_recipe, save_options
+from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 
 
@@ -41,6 +42,9 @@ BAD_FLAGS = [
     (["--no_such_flag", "1"], ["--no_such_flag"]),
     (["--config", "absent.yaml"], ["--config", "absent.yaml", "no such file"]),
     (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume_from"]),
+    (["--logging_dir", "/elsewhere"], ["--logging_dir /elsewhere", "inside --output_dir"]),
+    (["--logging_dir", ".."], ["--logging_dir ..", "inside --output_dir"]),
+    (["--logger", "wandb"], ["--logger wandb", "pip install wandb"]),
     (["--on_bad_image", "ignore"], ["--on_bad_image", "skip"]),
 ]
 
@@ -62,7 +66,8 @@ BAD_STARTS = [
     (["--unet", '{"block_out_channels": [8, 16, 32]}'], ["--unet"]),
     (["--unet", '{"norm_num_groups": 7}'], ["--unet"]),
     (["--noise_scheduler", '{"no_such_setting": 1}'], ["--noise_scheduler", "no_such_setting"]),
-    (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--prediction_type epsilon", "v_prediction"]),
+    (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--noise_scheduler", "zero terminal SNR"]),
+    (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "bf16"]),
     (["--method", "speed", "--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "5"], ["SpeeD", "noise schedule"]),
     (["--timestep_sampler_options", '{"horizons": 3}'], ["timestep_sampler_options", "horizons"]),
     (["--timestep_sampler_options", '{"uniform_fraction": 0}'], ["uniform_fraction", "(0, 1]"]),
@@ -99,6 +104,14 @@ def test_overwriting_deletes_the_earlier_run_and_nothing_else(train):
     assert (first.folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in first.folder.glob("checkpoint-*")] == ["checkpoint-6"]
     assert len(first.metrics) == 2
+
+
+def test_a_folder_that_is_no_run_is_not_overwritten(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    run = train("run", "--overwrite_output_dir").wait(1)
+    assert "is not the folder of a run" in run.output.splitlines()[-1]
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
 
 
 def test_a_mistake_while_overwriting_loses_nothing(train):
@@ -234,14 +247,26 @@ def test_every_recipe_is_valid(recipe):
 
 
 def test_without_data_the_embedded_digits_are_trained_on():
-    options = command_line(["--max_train_steps", "5"])
-    assert (options.dataset_name, options.resolution, options.max_train_steps) == ("digits", 8, 5)
+    for flags in ([], ["--dataset_name", "digits"]):
+        options = command_line(["--max_train_steps", "5", *flags])
+        assert (options.dataset_name, options.resolution, options.max_train_steps) == ("digits", 8, 5)
+    assert command_line(["--dataset_name", "x"]).resolution is None
+
+
+def test_fewer_timesteps_need_no_other_flags():
+    options = command_line(["--dataset_name", "x", "--ddpm_num_steps", "40"])
+    assert (options.ddpm_num_inference_steps, options.eval_num_inference_steps) == (40, 40)
 
 
 def test_methods_name_published_pairs():
-    assert command_line(["--dataset_name", "x", "--method", "speed"]).loss_weighting == "change_aware"
-    options = command_line(["--dataset_name", "x", "--method", "p2", "--timestep_sampler", "adaptive"])
-    assert (options.timestep_sampler, options.loss_weighting) == ("adaptive", "p2")
+    assert resolve_method("speed") == ("speed", "change_aware")
+    assert resolve_method("p2", timestep_sampler="adaptive") == ("adaptive", "p2")
+
+
+def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
+    save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
+    options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
+    assert resolve_method(options.method, options.timestep_sampler, options.loss_weighting) == ("uniform", "none")
 
 
 def test_flags_are_those_of_diffusers():

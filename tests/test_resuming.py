@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from conftest import ADAPTING, Run
 from safetensors.torch import load_file
 
 
@@ -70,9 +71,16 @@ def assert_identical(a, b, where="run"):
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
-    from conftest import Run
+    run = Run(tmp_path_factory.mktemp("reference") / "run", ADAPTING).wait()
+    probabilities = final_state(run.folder)["state"]["sampler"]["probabilities"]
+    assert probabilities.max() > 1.5 * probabilities.min()  # else no test here would see an adapted density
+    return run
 
-    return Run(tmp_path_factory.mktemp("reference") / "run").wait()
+
+@pytest.fixture
+def train(train):
+    """As everywhere, with an adaptive density that adapts."""
+    return lambda name, *flags, **options: train(name, *ADAPTING, *flags, **options)
 
 
 KILLS = {  # module, function, number of its call, and whether the kill comes after the call
@@ -83,7 +91,9 @@ KILLS = {  # module, function, number of its call, and whether the kill comes af
     "inside a save, before the rename": ("training.checkpoints", "_checksums", 2, True),
     "before old checkpoints are deleted": ("training.checkpoints", "list_checkpoints", 3, False),
     "before the pipeline is saved": ("train_adaptive_ddpm", "save_pipeline", 1, False),
+    "inside a save, before the sampler's state": ("accelerate.accelerator", "save_accelerator_state", 3, True),
     "inside the saving of the pipeline": ("training.saving", "named_save_errors", 1, True),
+    "between two parts of the pipeline": ("os", "replace", 6, False),
 }
 
 
@@ -159,9 +169,34 @@ def test_latest_without_a_checkpoint_starts_a_run(train, never_stopped):
     assert_identical(final_state(run.folder), final_state(never_stopped.folder))
 
 
+def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, never_stopped):
+    train("run").wait()
+    back = train("run", "--resume_from_checkpoint", "checkpoint-18", "--learning_rate", 1e-4).wait()
+    assert "checkpoint-24 is discarded" in back.output
+    assert "--learning_rate 0.0001, which was 0.001" in back.output
+    assert [r["lr"] for r in back.metrics] == [1e-3] * 4 + [1e-4] * 2
+    new, old = (load_file(run.folder / "checkpoint-24" / "model.safetensors") for run in (back, never_stopped))
+    assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
+
+
+def test_another_runs_checkpoint_can_be_gone_on_from(train, never_stopped, tmp_path):
+    run = train("elsewhere", "--resume_from_checkpoint", never_stopped.folder / "checkpoint-18").wait()
+    assert_identical(final_state(run.folder), final_state(never_stopped.folder))
+
+
+def test_a_finished_run_resumed_keeps_its_summary(train):
+    first = train("run").wait()
+    before = json.loads((first.folder / "training_summary.json").read_text())
+    again = train("run", "--resume_from_checkpoint", "latest").wait()
+    after = json.loads((again.folder / "training_summary.json").read_text())
+    assert {**after, "seconds": None} == {**before, "seconds": None}
+    assert "which was" not in again.output
+
+
 def test_another_sampler_cannot_take_over(train):
     train("run", "--max_train_steps", 6).wait()
-    run = train("run", "--resume_from_checkpoint", "latest", "--method", "ddpm").wait(1)
+    flags = ("--method", "ddpm", "--timestep_sampler_options", "{}")
+    run = train("run", "--resume_from_checkpoint", "latest", *flags).wait(1)
     assert "AdaptiveSampler" in run.output
     assert "UniformSampler" in run.output
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import torch
+import yaml
 from conftest import REPOSITORY
+from diffusers import UNet2DModel
 
 WORKER = """
 import copy
@@ -55,6 +57,14 @@ out = {
 if not sharded or torch.distributed.get_rank() == 0:
     torch.save(out, f"{folder}/{sys.argv[2]}.pt")
 """
+
+
+def test_fsdp_wraps_blocks_that_the_network_has():
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    names = {type(module).__name__ for module in unet.modules()}
+    assert set(config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= names
 
 
 def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch_fidelity
-from conftest import REPOSITORY, SHARED, TINY, TINY_UNET
+from conftest import ADAPTING, REPOSITORY, SHARED, TINY, TINY_UNET
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -135,13 +135,15 @@ def test_default_unet_is_ddpms_at_any_resolution():
 
 def test_accumulated_batches_add_up_to_one(train):
     """With the noise tied to the image, 2 x 8 images with accumulation train as 16 do."""
-    flags = (*SMOOTH, "--max_train_steps", 8)
+    flags = (*SMOOTH, *ADAPTING)
     whole = train("whole", *flags, "--train_batch_size", 16, tamper=noise_from_image).wait()
     parts = train(
         "parts", *flags, "--train_batch_size", 8, "--gradient_accumulation_steps", 2, tamper=noise_from_image
     ).wait()
     assert distance(weights(parts.folder), weights(whole.folder)) < 1e-4
-    assert parts.metrics[-1]["images"] == whole.metrics[-1]["images"] == 8 * 16
+    assert parts.metrics[-1]["images"] == whole.metrics[-1]["images"] == 24 * 16
+    assert max(parts.metrics[-1]["density"]) > 1.5 * min(parts.metrics[-1]["density"])
+    assert parts.metrics[-1]["density"] == pytest.approx(whole.metrics[-1]["density"], rel=1e-3)
     assert parts.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
 
 
@@ -159,15 +161,17 @@ def launch_two_processes(folder, *flags):
 def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
     """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
     noise, together those of one process, and that their sampler tables agree."""
-    flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip"]
+    flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip", *(ADAPTING if sampler == "adaptive" else [])]
     one = train("one", *flags, "--train_batch_size", 16)
     two = launch_two_processes(tmp_path / "two", *flags)
     one.wait()
     assert distance(weights(two), weights(one.folder)) < 1e-4
     states = [torch.load(two / "checkpoint-24" / f"process_state_{rank}.pt") for rank in (0, 1)]
     single = torch.load(one.folder / "checkpoint-24" / "process_state_0.pt")
+    probabilities = single["sampler"]["probabilities"]
+    assert probabilities.max() > 1.5 * probabilities.min()
     for name, table in states[0]["sampler"].items():
-        if torch.is_tensor(table) and name != "pending":
+        if torch.is_tensor(table) and name != "pending":  # which holds what each process alone has seen
             assert torch.equal(table, states[1]["sampler"][name]), name
             torch.testing.assert_close(table, single["sampler"][name], rtol=1e-3, atol=1e-4)
     log = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]

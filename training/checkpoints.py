@@ -71,6 +71,15 @@ def find_checkpoint(output_dir, wanted, warn):
     return None
 
 
+def discard_checkpoints_after(output_dir, step):
+    """Delete the checkpoints of a life that is given up: those after `step`, from where the run goes on; returns them.
+    Whatever is then called checkpoint-N is whole, and of this run."""
+    given_up = [path for number, path in list_checkpoints(output_dir) if number > step]
+    for path in given_up:
+        shutil.rmtree(path)
+    return given_up
+
+
 def read_process_state(path, process_index):
     """What `save_checkpoint` was given as this process's `process_state`.
 

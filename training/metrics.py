@@ -97,10 +97,11 @@ class TrainingLog:
         self.path = self.folder / "metrics.jsonl"
         self.images_seen, self.seconds = images_seen, clock.seconds("train")  # at the last record
         self.last_record = {}
-        if accelerator.is_main_process:
-            drop_records_after(self.path, step)
+        if accelerator.is_main_process and self.path.exists():
+            kept = drop_records_after(self.path, step)
+            self.last_record = next((record for record in reversed(kept) if "loss" in record), {})
         if options.logger != "none":
-            purge = {"tensorboard": {"purge_step": step}} if options.logger == "tensorboard" else {}
+            purge = {"tensorboard": {"purge_step": step + 1}} if options.logger == "tensorboard" else {}
             accelerator.init_trackers("adaptive-ddpm", init_kwargs=purge)
         self.by_time = by_time = max_steps is None
         self.progress = tqdm(
@@ -172,13 +173,15 @@ class TrainingLog:
         self.progress.close()
 
     def save_grid(self, image, name, step):
-        """Write a PIL image under the output folder, and to TensorBoard."""
+        """Write a PIL image under the output folder, and to the tracker."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         image.save(path)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": [image]}, step=step)
 
     def summary(self, step, images_seen, num_parameters, reason, skipped_images):
         """Write `training_summary.json`, and return it."""
@@ -201,12 +204,12 @@ class TrainingLog:
 
 
 def drop_records_after(path, step):
-    """Cut a `metrics.jsonl` back to what a run that reached `step` had written on its way."""
-    if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step and not record.get("last")]
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(rewritten, path)
+    """Cut a `metrics.jsonl` back to what a run that reached `step` had written on its way; returns those records."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step and not record.get("last")]
+    rewritten = path.with_suffix(".partial")
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(rewritten, path)
+    return kept
 
 
 def library_versions():

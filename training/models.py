@@ -67,7 +67,7 @@ def build_noise_scheduler(options):
     """The `DDPMScheduler` to train with and to save.
 
     Raises:
-        ValueError: an unknown schedule or setting, or epsilon-prediction where the last timestep has no signal.
+        ValueError: an unknown schedule or setting, or a last timestep without any signal.
     """
     settings = {
         "num_train_timesteps": options.ddpm_num_steps,
@@ -79,10 +79,10 @@ def build_noise_scheduler(options):
         noise_scheduler = DDPMScheduler(**settings)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"--ddpm_beta_schedule / --noise_scheduler {settings}: {error}") from error
-    if noise_scheduler.config.prediction_type == "epsilon" and noise_scheduler.alphas_cumprod[-1] == 0:
+    if noise_scheduler.alphas_cumprod[-1] == 0:
         raise ValueError(
-            "--prediction_type epsilon: cannot be used with a zero terminal SNR (rescale_betas_zero_snr); "
-            "choose v_prediction or sample"
+            "--noise_scheduler: a zero terminal SNR (rescale_betas_zero_snr) cannot be trained here: objectives are "
+            "defined on the epsilon-loss, which says nothing about a network's output where there is no signal"
         )
     return noise_scheduler
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from .checkpoints import list_checkpoints, remove_partial_checkpoints
 
 OPTIONS_FILE = "training_options.yaml"
+SUMMARY_FILE = "training_summary.json"
 NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token")  # options of one start, or secret
 RESULTS = (
-    OPTIONS_FILE, "metrics.jsonl", "training_summary.json", "timestep_density.png", "README.md",
+    OPTIONS_FILE, "metrics.jsonl", SUMMARY_FILE, "timestep_density.png", "README.md",
     "samples", "model_index.json", "unet", "scheduler",
 )  # fmt: skip
 
@@ -29,6 +30,11 @@ def claim_output_dir(options):
         raise ValueError(f"--output_dir {folder}: is not writable")
     if not any(folder.iterdir()):
         return
+    is_run = (folder / OPTIONS_FILE).exists() or bool(list_checkpoints(folder))
+    if options.overwrite_output_dir and not is_run:
+        raise ValueError(
+            f"--overwrite_output_dir: {folder} is not empty, and is not the folder of a run; choose another"
+        )
     if options.overwrite_output_dir:
         return  # `delete_results` comes when the rest of the set-up has shown that the new run can begin
     if not options.resume_from_checkpoint:
@@ -36,8 +42,8 @@ def claim_output_dir(options):
             f"--output_dir {folder}: is not empty. Choose another, go on with the run in it by "
             "--resume_from_checkpoint latest, or delete its results by --overwrite_output_dir"
         )
-    unfinished_run = (folder / OPTIONS_FILE).exists() and not (folder / "model_index.json").exists()
-    if not list_checkpoints(folder) and not unfinished_run:
+    is_unfinished = (folder / OPTIONS_FILE).exists() and not (folder / SUMMARY_FILE).exists()
+    if not list_checkpoints(folder) and not is_unfinished and options.resume_from_checkpoint == "latest":
         raise ValueError(
             f"--output_dir {folder}: is not empty and has no checkpoint to resume from. Choose another, or delete the "
             "results in it by --overwrite_output_dir"

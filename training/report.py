@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from matplotlib.colors import Normalize
 
+from samplers import resolve_method
+
 from .metrics import read_metrics
 
 matplotlib.use("agg")
@@ -40,13 +42,13 @@ def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
     plt.close(figure)
 
 
-def write_model_card(options, summary, sampler):
+def write_model_card(options, summary, repository=None):
     """Write `README.md`: what the model was trained on and how, a sample grid, and how to load it.
 
     Args:
         options: the run's resolved options.
         summary: of `TrainingLog.summary`.
-        sampler: the timestep sampler, for its name.
+        repository: on the Hub, where the card is going; by default, it tells how to load the folder.
     """
     folder = Path(options.output_dir)
     dataset = options.dataset_name
@@ -57,7 +59,8 @@ def write_model_card(options, summary, sampler):
         datasets=[dataset] if on_hub else None,
         tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
     )
-    name = options.hub_model_id or str(folder)
+    name = repository or str(folder)
+    timestep_sampler, loss_weighting = resolve_method(options.method, options.timestep_sampler, options.loss_weighting)
     budget = ", ".join(
         f"{flag} {value}"
         for flag in ("max_train_seconds", "max_train_steps", "num_epochs")
@@ -65,8 +68,7 @@ def write_model_card(options, summary, sampler):
     )
     rows = {
         "data set": f"`{dataset}`, {options.resolution}×{options.resolution}",
-        "timesteps": f"`{options.timestep_sampler}` ({type(sampler).__name__})",
-        "loss weighting": f"`{options.loss_weighting}`",
+        "method": f"`{options.method}`: timesteps `{timestep_sampler}`, loss weighting `{loss_weighting}`",
         "budget": budget,
         "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
         "parameters": f"{summary['parameters'] / 1e6:.1f} M",
@@ -125,5 +127,5 @@ def upload_to_hub(repo_id, options):
         folder_path=options.output_dir,
         token=options.hub_token,
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*", ".checkpoint-*", "logs/*", ".*"],
+        ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{options.logging_dir}/*", ".*"],
     )

@@ -1,5 +1,6 @@
 """When to stop: a budget spent, or a signal, agreed on by all processes."""
 
+import os
 import signal
 
 import torch
@@ -23,6 +24,8 @@ class StopCondition:
         self.accelerator, self.clock = accelerator, clock
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self.signal = None
+        # A launcher that is sent SIGTERM may die without passing it on: its end is then the signal.
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -30,11 +33,17 @@ class StopCondition:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if self.accelerator.is_main_process:
+            os.write(
+                2, f"\n{self.signal.name}: saving after this step and stopping; Ctrl-C twice ends at once\n".encode()
+            )
 
     def reason(self, step):
         """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
         if self.max_steps is not None and step >= self.max_steps:
             return "steps"
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.signal = signal.SIGTERM
         out_of_time = self.max_seconds is not None and self.clock.seconds("train") >= self.max_seconds
         return (None, "seconds", "signal")[
             agreed_maximum(self.accelerator, step, max(out_of_time, 2 * bool(self.signal)))
