@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,6 +104,32 @@ class Run:
         """The records of metrics.jsonl, without what the clock says."""
         records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in r.items() if k not in ("train_seconds", "images_per_second")} for r in records]
+
+
+def run_two_ranks(folder, source, *args):
+    """Run Python source with arguments in two processes that can form a process group over gloo."""
+    (folder / "worker.py").write_text(source)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, folder / "worker.py", *args],
+            env={**os.environ, **common, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=120)
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.fixture

@@ -1,18 +1,12 @@
 """The adaptive sampler: it learns p_t ∝ c_t sqrt(L_t) from noisy losses, follows it, and all ranks learn the same."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import run_two_ranks
 from test_samplers import adapt, assert_same_state, falling_loss, scheduler, state_bits
 
 from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, make_timestep_sampler
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 T = 1000
 
 
@@ -238,27 +232,7 @@ def ranks(tmp_path_factory):
     """What each of two gloo processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save((falling_loss(T) * 256).round() / 256, folder / "loss.pt")
-    (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, folder / "worker.py", folder],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks(folder, WORKER, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

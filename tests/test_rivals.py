@@ -1,17 +1,13 @@
 """The rival samplers against their papers' formulas: closed forms, and the published algorithms one step at a time."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_two_ranks
 from scipy import stats
 from sklearn.feature_selection import SelectKBest, f_regression
 from test_adaptive_sampler import total_variation, uniform_density
@@ -36,7 +32,6 @@ from samplers.loss_aware import NOTHING, latest, push
 
 torch.set_num_threads(1)
 T = 1000
-REPOSITORY = Path(__file__).resolve().parents[1]
 RIVALS = ("loss_second_moment", "uncertainty", "adaptive_log_snr", "info_noise")  # that learn from losses alone
 
 
@@ -662,27 +657,7 @@ def ranks(tmp_path_factory):
     """What each of two gloo processes saw."""
     folder = tmp_path_factory.mktemp("rivals")
     torch.save((falling_loss(T) * 256).round() / 256, folder / "loss.pt")
-    (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, folder / "worker.py", folder],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks(folder, WORKER, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,13 +1,12 @@
 """What the training loop does to weights that FSDP2 has sharded, on two CPU processes."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_two_ranks
 from diffusers import UNet2DModel
 
 WORKER = """
@@ -68,19 +67,13 @@ def test_fsdp_wraps_blocks_that_the_network_has():
 
 
 def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    starts = [("whole", {}), *(("sharded", {**rendezvous, "RANK": str(rank)}) for rank in (0, 1))]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", tmp_path, kind],
-            env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
-        )
-        for kind, environment in starts
-    ]
-    assert [worker.wait(120) for worker in workers] == [0, 0, 0]
+    run_two_ranks(tmp_path, WORKER, tmp_path, "sharded")
+    subprocess.run(
+        [sys.executable, tmp_path / "worker.py", tmp_path, "whole"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=True,
+        timeout=120,
+    )
     whole, sharded = (torch.load(tmp_path / f"{kind}.pt") for kind in ("whole", "sharded"))
     assert whole["skipped"] == sharded["skipped"] == 2
     torch.testing.assert_close(sharded, whole)
