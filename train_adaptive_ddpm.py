@@ -276,6 +276,8 @@ def main(options):
             device=device,
             **options.timestep_sampler_options,
         )
+        if checkpoint:
+            sampler.load_state_dict(state["sampler"])
 
         if accelerator.is_main_process:
             check_disk_space(options, num_parameters)
@@ -338,8 +340,8 @@ def main(options):
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         override_settings(optimizer, lr_scheduler, adam_settings)
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
+        for name in ("meter", "guard"):
+            stateful[name].load_state_dict(state[name])
         accelerator.print(f"resumed from {checkpoint}")
 
     def denoising_loss(images, timesteps, noise):
