@@ -329,7 +329,9 @@ def tiny_vit(**more):
 def test_features_are_pooled_as_the_model_was_trained(tmp_path):
     vit = transformers.ViTModel(tiny_vit())
     headless = transformers.ViTModel(tiny_vit(), add_pooling_layer=False)
-    segformer = transformers.SegformerModel(transformers.SegformerConfig(hidden_sizes=[8] * 4))
+    segformer = transformers.SegformerModel(
+        transformers.SegformerConfig(hidden_sizes=[8] * 4, num_attention_heads=[2] * 4)
+    )
     for model, expected, pool in [
         (vit, "pooler_output", lambda outputs: outputs.pooler_output),
         (headless, "class token", lambda outputs: outputs.last_hidden_state[:, 0]),

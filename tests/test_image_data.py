@@ -7,6 +7,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -265,8 +267,10 @@ def test_folder_without_images(tmp_path):
 
 
 def test_no_rows(tmp_path):
-    with pytest.raises(ValueError, match=r"--dataset_name .*parquet cannot be loaded: "):
-        open_contents(tmp_path, [], "parquet")
+    (tmp_path / "parquet").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"img": pyarrow.array([], "string")}), tmp_path / "parquet/train.parquet")
+    with pytest.raises(ValueError, match=r"--dataset_name .*parquet "):
+        open_source(tmp_path / "parquet", tmp_path)
 
 
 def test_single_file(tmp_path):
