@@ -39,7 +39,9 @@ from transformers.hf_argparser import HfArg
 
 from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
 from image_data import open_images
+from pipelines.image_files import read_record
 from recipes import one_line_errors, parse_options
+from training.saving import write_json
 
 METRICS = ("fid", "kid", "isc", "prc")
 NAMES = {  # torch-fidelity's: (ours with its Inception weights, ours with any others)
@@ -53,7 +55,6 @@ NAMES = {  # torch-fidelity's: (ours with its Inception weights, ours with any o
     torch_fidelity.KEY_METRIC_F_SCORE: ("f_score", "f_score"),
 }
 RESULT = "metrics.json"
-GENERATION_RECORD = "generation.json"  # of generate.py, beside images/ or images.npz
 FEW_IMAGES = 10_000
 
 
@@ -248,7 +249,7 @@ def open_input(options, number):
         ValueError: it cannot be found or read; the message names the flag.
     """
     name, split = getattr(options, f"input{number}"), getattr(options, f"split{number}")
-    record = read_generation_record(Path(name).expanduser())
+    record = read_record(Path(name).expanduser())
     if record:
         name = os.path.join(name, "images.npz" if record["settings"]["format"] == "npz" else "images")
     path = Path(name).expanduser()
@@ -310,15 +311,6 @@ class NpzImages:
         image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert(self.mode)
         image = np.array(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC))
         return torch.from_numpy(image.reshape(*size, -1).transpose(2, 0, 1).copy()), []
-
-
-def read_generation_record(folder):
-    """What generate.py has noted beside its images; None in any other folder."""
-    try:
-        record = json.loads((folder / GENERATION_RECORD).read_text())
-        return record if {"status", "num_images", "settings"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def read_images(images, num_images=None, seed=0):
@@ -456,13 +448,6 @@ def describe_machine(device):
 def versions():
     modules = (torch, torchvision, torch_fidelity, transformers, np)
     return {module.__name__: module.__version__ for module in modules}
-
-
-def write_json(record, path):
-    """Write through a temporary file: `path` is complete whenever it exists."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def print_table(record):

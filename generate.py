@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from pipelines import UnconditionalPipeline, denoising_steps, load_configs, make_grid_image
-from pipelines.image_files import FORMATS, Writer, write_atomically
+from pipelines.image_files import FORMATS, RECORD, Writer, read_record, write_atomically
 from recipes import one_line_errors, parse_options
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-RECORD, GRID = "generation.json", "grid.png"
+GRID = "grid.png"
 OUR_FILES = re.compile(
     r"(generation\.json|grid\.png|images\.npz|images/(\d{6,}\.png|\d{6,}-\d{6,}\.(npz|parquet)))(\.tmp)?"
 )
@@ -219,15 +219,6 @@ def fingerprint(unet):
 def public(config):
     """A diffusers config without the entries about versions and folders."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def read_record(folder):
-    """generation.json, or None where there is none of ours."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        return record if {"status", "num_images", "settings"} <= record.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
 
 
 def write_record(folder, **new):
