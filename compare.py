@@ -6,7 +6,8 @@
 Each run is one of train_adaptive_ddpm.py, to which all other flags go; `eval_*` say how it is scored. Its time is cut
 into slices: all runs train their first, then all their second, and so on, so that a drift of the machine's speed hits
 all alike. After each slice the averaged weights are scored, outside the clock. A comparison that was killed goes on
-where it stopped when the same command is given again.
+where it stopped when the same command is given again. With --join, runs of comparisons made elsewhere with the same
+settings (other seeds, on a machine of the same kind) are reported together with this folder's.
 """
 
 import json
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from image_data import open_images
-from recipes import one_line_errors
+from recipes import JsonDict, one_line_errors
 from samplers import METHODS
 from train_adaptive_ddpm import command_line
 from training.evaluation import Evaluator
@@ -48,8 +49,15 @@ class ComparisonOptions:
     score_at: list[float] = field(
         default_factory=lambda: [0.125, 0.25, 0.5, 1.0], metadata={"help": "Fractions of the time; the last is 1."}
     )
+    sampler_options: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "--timestep_sampler_options by method, JSON."}
+    )
+    join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 
     def __post_init__(self):
+        for method in self.sampler_options:
+            if method not in METHODS:
+                raise ValueError(f"--sampler_options {method}: must be of {', '.join(METHODS)}")
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"--methods {method}: must be of {', '.join(METHODS)}")
@@ -67,6 +75,7 @@ def main(argv):
         training_options = command_line(training_flags)  # a bad flag is found out here
         folder = Path(options.output_dir)
         results = open_results(folder, options, training_flags)
+        joined = [joined_results(other, results) for other in options.join]
         dataset = open_images(
             training_options.dataset_name,
             dataset_config_name=training_options.dataset_config_name,
@@ -87,11 +96,18 @@ def main(argv):
             run = results["runs"].setdefault(f"{method}-seed{seed}", {"method": method, "seed": seed, "scores": []})
             progress.set_description(f"{method}, seed {seed}, to {seconds:.0f} s")
             if "failed" not in run and not any(score["budget"] == seconds for score in run["scores"]):
-                train_and_score(run, folder, training_flags, seconds, evaluator, is_last=fraction == 1)
+                own = options.sampler_options.get(method)
+                flags = [*training_flags, *(["--timestep_sampler_options", json.dumps(own)] if own else [])]
+                train_and_score(run, folder, flags, seconds, evaluator, is_last=fraction == 1)
                 write_json(results, folder / "results.json")
             progress.update(seconds - before)
         before = seconds
     progress.close()
+    for other in joined:
+        results["runs"] |= {name: run for name, run in other["runs"].items() if name not in results["runs"]}
+        results["command"] += "; " + other["command"]
+    if joined:
+        write_json(results, folder / "joined.json")
     report(results, folder)
 
 
@@ -102,6 +118,7 @@ def open_results(folder, options, training_flags):
         ValueError: the folder holds another comparison, or something else.
     """
     settings = {"max_train_seconds": options.max_train_seconds, "score_at": options.score_at, "flags": training_flags}
+    settings["sampler_options"] = options.sampler_options
     path = folder / "results.json"
     if path.exists():
         results = json.loads(path.read_text())
@@ -118,6 +135,22 @@ def open_results(folder, options, training_flags):
         "versions": library_versions(),
         "runs": {},
     }
+
+
+def joined_results(folder, results):
+    """results.json of another comparison.
+
+    Raises:
+        ValueError: it has other settings, or ran on another device.
+    """
+    path = Path(folder) / "results.json"
+    if not path.exists():
+        raise ValueError(f"--join {folder}: holds no results.json")
+    other = json.loads(path.read_text())
+    for name in ("settings", "device"):
+        if other[name] != results[name]:
+            raise ValueError(f"--join {folder}: its {name} is {other[name]}, not {results[name]}")
+    return other
 
 
 def train_and_score(run, folder, training_flags, seconds, evaluator, is_last):
@@ -152,7 +185,7 @@ def train_and_score(run, folder, training_flags, seconds, evaluator, is_last):
 
 
 def report(results, folder):
-    """Write table.md, scores.png and densities.png from results.json."""
+    """Write table.md, scores.png and densities.png."""
     methods = summarise(results)
     (folder / "table.md").write_text(table(results, methods))
     plot_scores(results, methods, folder / "scores.png")

@@ -22,7 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
-from image_data import BadImage, normalize, open_images, training_batches
+from image_data import BadImage, open_images, training_batches
 from pipelines import UnconditionalPipeline, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
@@ -30,16 +30,15 @@ from samplers import (
     METHODS,
     TIMESTEP_SAMPLERS,
     NoiseSchedule,
-    epsilon_loss_scale,
     fold_seed,
     make_timestep_sampler,
 )
 from training.checkpoints import discard_checkpoints_after, find_checkpoint, read_process_state, save_checkpoint
 from training.clock import PhaseClock
-from training.ema import WeightAverage, whole
+from training.ema import WeightAverage
 from training.evaluation import Evaluator
 from training.metrics import LossMeter, TrainingLog
-from training.models import build_noise_scheduler, build_unet, ema_pipeline, epsilon_losses, warm_up
+from training.models import build_noise_scheduler, build_unet, choose_kernels, ema_pipeline, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
 from training.report import (
     create_hub_repository,
@@ -49,6 +48,7 @@ from training.report import (
     write_model_card,
 )
 from training.saving import save_pipeline
+from training.step import TrainingStep
 from training.stopping import Interval, NonFiniteGuard, StopCondition
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,6 @@ def main(options):
         # Model and noise
         noise_scheduler = build_noise_scheduler(options)
         schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-        epsilon_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
         unet = build_unet(options, dataset.channels, dataset.resolution)
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
 
@@ -319,8 +318,7 @@ def main(options):
     lr_scheduler = get_scheduler(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
     )
-    if options.compile:
-        unet.compile()
+    choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema = WeightAverage(
         unet.parameters(),
@@ -334,7 +332,6 @@ def main(options):
 
     meter = LossMeter(schedule.num_train_timesteps, device)
     guard = NonFiniteGuard(optimizer.optimizer, device, accelerator.scaler is not None, options.max_nonfinite_steps)
-    generator = torch.Generator(device)  # of flips and noise; seeded anew each step, alike on all processes
     torch.manual_seed(fold_seed(options.seed, rank, stream=2))  # of dropout, which differs by process
     stateful = {"sampler": sampler, "meter": meter, "guard": guard}  # a part on each process
     if checkpoint:
@@ -344,13 +341,20 @@ def main(options):
             stateful[name].load_state_dict(state[name])
         accelerator.print(f"resumed from {checkpoint}")
 
-    def denoising_loss(images, timesteps, noise):
-        """[N] the network's epsilon-losses as it is now, for a sampler that measures what an update changes."""
-        unet.eval()
-        with torch.no_grad():
-            losses = epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
-        unet.train()
-        return losses
+    update = TrainingStep(
+        accelerator,
+        unet,
+        noise_scheduler,
+        sampler,
+        optimizer,
+        lr_scheduler,
+        ema,
+        guard,
+        meter,
+        seed=options.seed,
+        random_flip=options.random_flip,
+        max_grad_norm=options.max_grad_norm,
+    )
 
     def save_state():
         with clock.phase("save"):
@@ -392,32 +396,7 @@ def main(options):
     unet.train()
     with clock.phase("train"), one_line_errors(FloatingPointError, OSError, BadImage), closing(log):
         while (reason := stop.reason(step)) is None:
-            generator.manual_seed(fold_seed(options.seed, step, stream=1))
-            images = next(batches)
-            flips = draw_shared(torch.rand, images.shape[:1], generator, rank, world_size) < 0.5
-            images = normalize(images, flips if options.random_flip else None)
-            drawn = sampler.sample(len(images), images=images)
-            sampler.before_update(images, denoising_loss)
-            step_losses = []
-            for part in range(options.gradient_accumulation_steps):
-                share = slice(part, None, options.gradient_accumulation_steps)
-                clean_images, timesteps, weights = images[share], drawn.timesteps[share], drawn.weights[share]
-                noise = draw_shared(torch.randn, clean_images.shape, generator, rank, world_size)
-                with accelerator.accumulate(unet):
-                    losses = epsilon_losses(unet, noise_scheduler, clean_images, noise, timesteps, epsilon_scale)
-                    accelerator.backward((weights * losses).mean())
-                    step_losses.append(losses.detach())
-                    meter.add_losses(timesteps, losses.detach(), weights)
-                    if accelerator.sync_gradients:
-                        grad_norm = whole(accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm))
-                        meter.add_gradient_norm(grad_norm)
-                        guard.observe(grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            sampler.update(drawn.timesteps, torch.stack(step_losses, dim=1).flatten())  # in the order of the draws
-            sampler.after_update(denoising_loss)
-            lr_scheduler.step()
-            ema.step(unet.parameters())
+            update(step, next(batches))
             step += 1
             images_seen += images_per_step
 
@@ -477,13 +456,6 @@ def total_steps(options, steps_per_epoch):
     """The number of updates that the budget in steps or epochs allows; None where only time is limited."""
     by_epochs = math.ceil(options.num_epochs * steps_per_epoch) if options.num_epochs else None
     return min((steps for steps in (options.max_train_steps, by_epochs) if steps), default=None)
-
-
-def draw_shared(draw, shape, generator, rank, world_size):
-    """This process's share, of `shape`, of random numbers that every process draws for all of them, so that a step does
-    not depend on how many processes share it. draw: torch.rand or torch.randn."""
-    batch_size, *shape = shape
-    return draw(batch_size * world_size, *shape, generator=generator, device=generator.device)[rank::world_size]
 
 
 def is_due(epochs, images_seen, images_per_step, num_images):

@@ -14,6 +14,7 @@ from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
 from .base import TimestepBatch, TimestepSampler, fold_seed
 from .clts import CLTSSampler
+from .importance import ImportanceSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
 from .log_normal import LogNormalSampler
@@ -36,6 +37,7 @@ TIMESTEP_SAMPLERS = {
     "adaptive_log_snr": AdaptiveLogSNRSampler,
     "info_noise": InfoNoiseSampler,
     "kim": KimSampler,
+    "importance": ImportanceSampler,
     "adaptive": AdaptiveSampler,
 }
 
@@ -54,7 +56,7 @@ METHODS = {  # name: (timestep sampler, loss weighting), as published
     "adaptive_log_snr": ("adaptive_log_snr", "none"),
     "info_noise": ("info_noise", "edm"),
     "kim": ("kim", "none"),
-    "adaptive": ("adaptive", "bell"),
+    "adaptive": ("adaptive", "none"),
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
     "CLTSSampler",
+    "ImportanceSampler",
     "InfoNoiseSampler",
     "KimSampler",
     "LogNormalSampler",

@@ -67,6 +67,8 @@ def test_the_table_ranks_methods_and_names_failures():
         (["--score_at", "0.5", "0.2", "1"], ["--score_at"]),
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
         (["--train_batch_size", "0"], ["--train_batch_size 0"]),
+        (["--sampler_options", '{"magic": {}}'], ["--sampler_options magic", "adaptive"]),
+        (["--sampler_options", "1"], ["--sampler_options", "JsonDict", "'1'"]),
     ],
 )
 def test_bad_flags_end_before_any_training(flags, parts, tmp_path, capsys):
@@ -103,3 +105,14 @@ def test_two_methods_for_real_and_resumed(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         compare.main([*flags, "--max_train_seconds", "2"])
     assert "other settings" in str(exit.value.code)
+
+    # Another seed, made elsewhere, is reported together with it; one with other settings is not
+    flags[flags.index("--output_dir") + 1] = str(tmp_path / "elsewhere")
+    clts = ["--methods", "clts", "--sampler_options", '{"clts": {"num_updates": 7}}']
+    with pytest.raises(SystemExit) as exit:
+        compare.main([*flags, *clts, "--join", str(folder)])
+    assert f"--join {folder}: its settings" in str(exit.value.code)
+    compare.main([*flags, "--methods", "ddpm", "--seeds", "1", "--join", str(folder)])
+    joined = json.loads((tmp_path / "elsewhere" / "joined.json").read_text())
+    assert set(joined["runs"]) == {"ddpm-seed0", "ddpm-seed1", "speed-seed0"}
+    assert "± " in (tmp_path / "elsewhere" / "table.md").read_text()

@@ -12,6 +12,8 @@ import yaml
 from conftest import ADAPTING, Run
 from safetensors.torch import load_file
 
+import training.step as training_step
+
 
 def kill_at(script, module, function, call, after):
     """SIGKILL this process before (or after) call number `call` of a function that the run makes."""
@@ -33,17 +35,17 @@ def kill_at(script, module, function, call, after):
     setattr(module, function, deadly)
 
 
-def signal_at(script, step, number):
+def signal_at(script, at, number):
     """Send this process a signal within a training step."""
-    original = script.epsilon_losses
+    original = training_step.epsilon_losses
     calls = iter(range(10**6))
 
     def interrupted(*args):
-        if next(calls) == step:
+        if next(calls) == at:
             os.kill(os.getpid(), number)
         return original(*args)
 
-    script.epsilon_losses = interrupted
+    training_step.epsilon_losses = interrupted
 
 
 def final_state(folder):
@@ -85,8 +87,8 @@ def train(train):
 
 
 KILLS = {  # module, function, number of its call, and whether the kill comes after the call
-    "in the first step": ("train_adaptive_ddpm", "epsilon_losses", 1, False),
-    "between two checkpoints": ("train_adaptive_ddpm", "epsilon_losses", 16, False),
+    "in the first step": ("training.step", "epsilon_losses", 1, False),
+    "between two checkpoints": ("training.step", "epsilon_losses", 16, False),
     "as a save begins": ("train_adaptive_ddpm", "save_checkpoint", 2, False),
     "inside a save, before the manifest": ("training.checkpoints", "_checksums", 2, False),
     "inside a save, before the rename": ("training.checkpoints", "_checksums", 2, True),
@@ -111,7 +113,7 @@ def test_killed_and_resumed(train, never_stopped, kill):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(train, never_stopped, number):
-    stopped = train("run", tamper=functools.partial(signal_at, step=14, number=number)).wait(0)
+    stopped = train("run", tamper=functools.partial(signal_at, at=14, number=number)).wait(0)
     assert (stopped.folder / "checkpoint-15").is_dir()
     assert json.loads((stopped.folder / "training_summary.json").read_text())["stopped_by"] == "signal"
     assert "--resume_from_checkpoint latest" in stopped.output
@@ -131,8 +133,8 @@ def test_killed_from_outside_at_no_chosen_moment(train, never_stopped):
 
 
 def slow_down(script, seconds):
-    original = script.epsilon_losses
-    script.epsilon_losses = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = training_step.epsilon_losses
+    training_step.epsilon_losses = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 @pytest.mark.parametrize("harm", ["cut short", "changed", "missing", "no manifest"])
@@ -206,7 +208,7 @@ def test_another_sampler_cannot_take_over(train):
 def test_streamed_data_resume_alike(train):
     flags = ("--data_placement", "stream", "--dataloader_num_workers", 1)
     whole = train("whole", *flags).wait()
-    train("run", *flags, tamper=functools.partial(signal_at, step=8, number=signal.SIGTERM)).wait()
+    train("run", *flags, tamper=functools.partial(signal_at, at=8, number=signal.SIGTERM)).wait()
     resumed = train("run", *flags, "--resume_from_checkpoint", "latest").wait()
     assert_identical(final_state(resumed.folder), final_state(whole.folder))
 
@@ -216,14 +218,14 @@ def test_streamed_data_resume_alike(train):
 
 def poison(script, steps):
     """Make the loss NaN in these steps."""
-    original = script.epsilon_losses
+    original = training_step.epsilon_losses
     calls = iter(range(10**6))
 
     def poisoned(*args):
         losses = original(*args)
         return losses * float("nan") if next(calls) in steps else losses
 
-    script.epsilon_losses = poisoned
+    training_step.epsilon_losses = poisoned
 
 
 def test_a_nan_is_skipped_counted_and_does_no_harm(train):

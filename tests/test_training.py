@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import training.step as training_step
 from feature_extractors import load_extractor
 from image_data import open_images
 from pipelines import UnconditionalPipeline
@@ -35,14 +36,14 @@ def distance(a, b):
 def noise_from_image(script):
     """Tie each image's noise to its pixels, in place of its position in the batch."""
 
-    original = script.epsilon_losses
+    original = training_step.epsilon_losses
 
     def with_own_noise(unet, noise_scheduler, images, noise, *args):
         seeds = ((images + 1) * 127.5).round().long().flatten(1) @ torch.arange(1, images[0].numel() + 1)
         noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
         return original(unet, noise_scheduler, images, torch.stack(noise), *args)
 
-    script.epsilon_losses = with_own_noise
+    training_step.epsilon_losses = with_own_noise
 
 
 def test_a_run_leaves_everything_it_promises(train):

@@ -1,0 +1,136 @@
+"""How noisy a gradient step is at each timestep, and which density of timesteps would make it least noisy.
+
+    python benchmarks/gradient_probe.py --pipeline runs/cifar10_small --dataset_name uoft-cs/cifar10 \\
+        --output_json probe.json
+
+At the centre of each of K bins of timesteps, the gradient of single examples' epsilon-losses: their second moment
+G_t = E|grad l_t|^2, in Adam's metric (each coordinate divided by the root of its mean square over all timesteps, which
+is what Adam's second moment becomes when gradients are mostly noise) and plainly; against sqrt(E[l_t]), its free
+proxy. From these, for each objective c, the variance of the gradient estimate, sum_t c_t^2 G_t / p_t, of each density
+over that of the best one, p_t ∝ c_t sqrt(G_t). Further, the cosine of the gradients of two examples that share their
+image, with opposite or independent noise: below zero, a pair is less noisy than two examples.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from image_data import normalize, open_images
+from samplers import LOSS_WEIGHTINGS, NoiseSchedule, epsilon_loss_scale, fold_seed
+from training.metrics import device_name
+from training.models import epsilon_losses
+from training.saving import write_json
+
+
+@dataclass
+class ProbeOptions:
+    """Options of benchmarks/gradient_probe.py."""
+
+    pipeline: str = field(metadata={"help": "A trained DDPMPipeline: folder or Hub id."})
+    output_json: str = field(metadata={"help": "Where the measurements go."})
+    dataset_name: str = field(default="digits", metadata={"help": "As in training."})
+    num_bins: int = field(default=20, metadata={"help": "K, bins of timesteps."})
+    examples: int = field(default=24, metadata={"help": "Images a bin."})
+    seed: int = 0
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(options):
+    pipeline = DDPMPipeline.from_pretrained(options.pipeline).to(options.device)
+    unet, schedule = pipeline.unet, NoiseSchedule.from_scheduler(pipeline.scheduler)
+    dataset = open_images(options.dataset_name, resolution=unet.config.sample_size)
+    T = schedule.num_train_timesteps
+    timesteps = [(2 * i + 1) * T // (2 * options.num_bins) for i in range(options.num_bins)]
+    bins = [partial(example_gradients, pipeline, dataset, t, options) for t in timesteps]
+
+    mean_square = sum(measure()[1].square().flatten(0, 1).mean(0) for measure in tqdm(bins, unit="bin")) / len(bins)
+    metrics = {"adam": mean_square.sqrt() + 1e-8, "plain": torch.ones_like(mean_square)}
+    losses, moments = [], {name: [] for name in metrics}
+    for measure in tqdm(bins, unit="bin"):  # a second time, as all the gradients may not fit into memory
+        loss, gradients = measure()
+        losses.append(loss)
+        for name, metric in metrics.items():
+            moments[name].append(moments_of(gradients / metric))
+    losses = torch.stack(losses)
+
+    results = {"timesteps": timesteps, "loss": losses.mean(1).tolist(), "metrics": {}}
+    for name in metrics:
+        table = {key: [bin[key] for bin in moments[name]] for key in moments[name][0]}
+        G = torch.tensor(table["second_moment"])
+        table["relative_variance"] = relative_variances(G, losses.cpu(), schedule, timesteps)
+        results["metrics"][name] = table
+    results |= {"pipeline": options.pipeline, "examples": options.examples}
+    results["device"] = device_name(torch.device(options.device))
+    results["command"] = " ".join(["python", *sys.argv])
+    write_json(results, Path(options.output_json))
+    print_table(results)
+
+
+def example_gradients(pipeline, dataset, t, options):
+    """Losses [N] and gradients [N, 3, P] of N images at timestep t, under noise eps, -eps and eps'."""
+    unet, scheduler, device = pipeline.unet.eval(), pipeline.scheduler, options.device
+    scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(scheduler), scheduler.config.prediction_type)
+    scale, timestep = scale.to(device, torch.float32), torch.tensor([t], device=device)
+    generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
+    parameters = list(unet.parameters())
+    losses, gradients = [], []
+    for i in torch.randint(len(dataset), (options.examples,), generator=generator).tolist():
+        image = normalize(dataset[i][None].to(device))
+        noise, other_noise = torch.randn(2, *image.shape, generator=generator).to(device)
+        for eps in (noise, -noise, other_noise):
+            loss = epsilon_losses(unet, scheduler, image, eps, timestep, scale)[0]
+            losses.append(loss.detach())
+            gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(losses).view(-1, 3)[:, 0], torch.stack(gradients).view(len(losses) // 3, 3, -1)
+
+
+def moments_of(gradients):
+    """Means over the N examples of gradients [N, 3, P] in some metric."""
+    first, opposite, independent = gradients.unbind(1)
+    n = len(first)
+    second_moment = first.square().sum(-1).mean()  # G_t
+    return {
+        "second_moment": second_moment.item(),
+        # |E[g]|^2 without the bias of noise: the mean product of two different examples' gradients
+        "mean_square": ((first.sum(0).square().sum() - n * second_moment) / (n * (n - 1))).item(),
+        "cosine_of_opposite_noise": ((first * opposite).sum(-1).mean() / second_moment).item(),
+        "cosine_of_independent_noise": ((first * independent).sum(-1).mean() / second_moment).item(),
+    }
+
+
+def relative_variances(second_moment, losses, schedule, timesteps):
+    """{objective: {density: variance of the gradient over the least there is}}; losses: [K, N]."""
+    expected_loss, second_loss = losses.mean(1), losses.square().mean(1)
+    result = {}
+    for name, weighting in LOSS_WEIGHTINGS.items():
+        c = weighting(schedule)[timesteps].float()
+        densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * expected_loss.sqrt()}
+        densities["root_mean_square_loss"] = c * second_loss.sqrt()
+        least = (c * second_moment.sqrt()).sum().square()
+        variances = {density: (c.square() * second_moment / p).sum() * p.sum() for density, p in densities.items()}
+        result[name] = {density: (variance / least).item() for density, variance in variances.items()}
+    return result
+
+
+def print_table(results):
+    adam = results["metrics"]["adam"]
+    print("   t   sqrt(L)  sqrt(G)  |E g|^2/G  cos(-eps)  cos(eps')")
+    columns = ("second_moment", "mean_square", "cosine_of_opposite_noise", "cosine_of_independent_noise")
+    for t, loss, G, mean_square, *cosines in zip(
+        results["timesteps"], results["loss"], *(adam[name] for name in columns), strict=True
+    ):
+        print(f"{t:4d}  {loss**0.5:8.4f} {G**0.5:8.2f}  {mean_square / G:9.4f}", *(f"{c:9.3f}" for c in cosines))
+    print("variance over that of the best density, in Adam's metric:")
+    for objective, ratios in adam["relative_variance"].items():
+        print(f"  {objective:14}", *(f"{density} {ratio:.2f} " for density, ratio in ratios.items()))
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(ProbeOptions).parse_args_into_dataclasses()[0])

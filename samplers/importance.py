@@ -1,0 +1,91 @@
+"""The density of least gradient variance for a given objective, learned from the run's own losses."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .loss_aware import LossAwareSampler
+
+
+class ImportanceSampler(LossAwareSampler):
+    """p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
+
+    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting. Any density with
+    w_t = c_t / (T p_t) has the same expected gradient; its variance is sum_t c_t^2 G_t / p_t - |grad J|^2, with G_t the
+    second moment of one example's gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the network's
+    output is that of a squared error, of squared norm ∝ l_t, so sqrt(E[l_t]) stands in for sqrt(G_t) (Katharopoulos &
+    Fleuret 2018, arXiv 1803.00942, bound it by the last layer's) - the mean loss, not IDDPM's mean squared loss.
+
+    E[l_t] is a running mean: sums and counts that decay with the number of draws, both smoothed over neighbouring
+    timesteps by a Gaussian before they are divided. p_t is mixed with a little uniform, so that no timestep is
+    starved and no weight explodes; until `warmup` draws per timestep were seen, p_t is uniform.
+
+    Args:
+        uniform_fraction: of the draws that are uniform, in (0, 1].
+        warmup: draws per timestep before the density adapts.
+        horizon: draws per timestep over which the running mean forgets (a time constant).
+        smoothing: standard deviation of the Gaussian over timesteps, as a fraction of T.
+        refresh_every: updates between two renewals of the density (of `LossAwareSampler`).
+    """
+
+    corrects_for_density = True
+    state_names = (*LossAwareSampler.state_names, "sums", "draws_seen")
+
+    def __init__(
+        self,
+        schedule,
+        loss_weights=None,
+        *,
+        uniform_fraction=0.1,
+        warmup=5.0,
+        horizon=20.0,
+        smoothing=0.005,
+        **options,
+    ):
+        if not 0 < uniform_fraction <= 1:
+            raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
+        super().__init__(schedule, loss_weights, **options)
+        T = self.num_train_timesteps
+        self.uniform_fraction = uniform_fraction
+        self.warmup_draws, self.horizon_draws = warmup * T, horizon * T
+        self._kernel = self._table(gaussian_kernel(smoothing * T))
+        self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
+        self.draws_seen = torch.zeros((), device=self.device)
+
+    def expected_loss(self):
+        """[T] the current estimate of E[l_t]."""
+        radius = len(self._kernel) // 2
+        # Not a convolution: cuDNN may choose another algorithm on another process, and tables must be alike on all.
+        windows = F.pad(self.sums, (radius, radius)).unfold(-1, len(self._kernel), 1)
+        losses, draws = (windows * self._kernel).sum(-1)
+        overall = self.sums[0].sum() / self.sums[1].sum().clamp_min(1.0)
+        return (losses + overall) / (draws + 1)  # as if the overall mean had been seen once: defined before any draw
+
+    def _renew(self, pending):
+        self._learn(pending)
+        self._renew_density()
+
+    def _learn(self, pending):
+        draws = pending[1].sum()
+        self.sums.mul_(torch.exp(-draws / self.horizon_draws)).add_(pending)
+        self.draws_seen += draws
+
+    @property
+    def is_warm(self):
+        """0-d bool tensor: whether enough draws were seen to adapt."""
+        return self.draws_seen >= self.warmup_draws
+
+    def _renew_density(self):
+        optimal = self.loss_weights * self.expected_loss().sqrt()
+        ready = self.is_warm & (optimal.sum() > 0)
+        optimal = torch.where(ready, optimal / optimal.sum(), 1 / self.num_train_timesteps)
+        f = self.uniform_fraction
+        self._set_density((1 - f) * optimal + f / self.num_train_timesteps)
+
+
+def gaussian_kernel(std):
+    """[2r + 1] a Gaussian of standard deviation `std` timesteps, cut at r = 3 std."""
+    radius = math.ceil(3 * std)
+    t = torch.arange(-radius, radius + 1)
+    return torch.exp(-0.5 * (t / max(std, 1e-6)) ** 2)
