@@ -56,7 +56,7 @@ METHODS = {  # name: (timestep sampler, loss weighting), as published
     "adaptive_log_snr": ("adaptive_log_snr", "none"),
     "info_noise": ("info_noise", "edm"),
     "kim": ("kim", "none"),
-    "adaptive": ("adaptive", "none"),
+    "adaptive": ("adaptive", "bell"),
 }
 
 __all__ = [

@@ -29,7 +29,7 @@ class AdaptiveSampler(ImportanceSampler):
     uniform.
 
     Args:
-        loss_weights: [T] a further factor on c_t; ones by default.
+        loss_weights: [T] the objective until warmed up.
         amplitude_power: q.
         bandwidth: standard deviation of the regression's Gaussian kernel, in units of log sigma.
         floor: share of a constant objective, which keeps every timestep alive.
@@ -52,7 +52,7 @@ class AdaptiveSampler(ImportanceSampler):
         self._moments = (torch.stack([kernel, kernel * distance, kernel * distance**2])).to(self.device)  # [3, K, T]
         self._interpolate = interpolation(grid, log_sigma).to(self.device)
         amplitude = (amplitude_power * log_sigma).exp() * torch.gradient(log_sigma)[0]
-        self._factor = self._table(amplitude) * self._initial_weights
+        self._amplitude = self._table(amplitude)
 
     def loss_slope(self):
         """[T] the current estimate of dE[l_t]/dlog(sigma_t)."""
@@ -67,7 +67,7 @@ class AdaptiveSampler(ImportanceSampler):
 
     def objective(self):
         """[T] c_t, of mean 1, as the losses are now."""
-        fall = self._factor * (-self.loss_slope()).clamp_min(0.0)
+        fall = self._amplitude * (-self.loss_slope()).clamp_min(0.0)
         return (1 - self.floor) * fall / fall.mean().clamp_min(1e-30) + self.floor
 
     def _renew(self, pending):
