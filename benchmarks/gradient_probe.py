@@ -28,6 +28,8 @@ from training.metrics import device_name
 from training.models import epsilon_losses
 from training.saving import write_json
 
+OBJECTIVES = ("none", "min_snr", "p2", "bell")
+
 
 @dataclass
 class ProbeOptions:
@@ -109,8 +111,8 @@ def relative_variances(second_moment, losses, schedule, timesteps):
     """{objective: {density: variance of the gradient over the least there is}}; losses: [K, N]."""
     expected_loss, second_loss = losses.mean(1), losses.square().mean(1)
     result = {}
-    for name, weighting in LOSS_WEIGHTINGS.items():
-        c = weighting(schedule)[timesteps].float()
+    for name in OBJECTIVES:
+        c = LOSS_WEIGHTINGS[name](schedule)[timesteps].float()
         densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * expected_loss.sqrt()}
         densities["root_mean_square_loss"] = c * second_loss.sqrt()
         least = (c * second_moment.sqrt()).sum().square()

@@ -1,0 +1,98 @@
+"""The instruments in benchmarks/: what they compute, by closed form, and that they run."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, SHARED, TINY_UNET
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import gradient_probe
+import swap_test
+
+from samplers import NoiseSchedule
+
+T = 100
+
+
+@pytest.fixture
+def pipelines(tmp_path):
+    """Folders of two tiny pipelines with different random weights, for 8x8 grey images."""
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **TINY_UNET)
+        folders.append(str(tmp_path / f"pipeline{seed}"))
+        DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=T)).save_pretrained(folders[-1])
+    return folders
+
+
+def test_moments_of_gradients_with_a_known_mean():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 2, 5, generator=generator)
+    own, other = noise.unbind(1)
+    mean = torch.arange(5.0)
+    gradients = mean + torch.stack([own, -own, 0.6 * own + 0.8 * other], 1)
+    moments = gradient_probe.moments_of(gradients)
+    square = float(mean.square().sum())
+    assert moments["second_moment"] == pytest.approx(square + 5, rel=0.02)
+    assert moments["mean_square"] == pytest.approx(square, rel=0.02)
+    assert moments["cosine_of_opposite_noise"] == pytest.approx((square - 5) / (square + 5), abs=0.02)
+    assert moments["cosine_of_independent_noise"] == pytest.approx((square + 3) / (square + 5), abs=0.02)
+
+
+def test_the_best_density_has_a_relative_variance_of_one():
+    """With G_t ∝ E[l_t] that is sqrt(E[l_t]), and the uniform one's variance is given by Cauchy-Schwarz."""
+    schedule = NoiseSchedule.from_scheduler(DDPMScheduler(num_train_timesteps=T))
+    timesteps = list(range(5, T, 10))
+    losses = torch.exp(-torch.arange(10.0))[:, None].expand(10, 4)
+    ratios = gradient_probe.relative_variances(7 * losses.mean(1), losses, schedule, timesteps)
+    assert set(ratios) == set(gradient_probe.OBJECTIVES)
+    for name, ratio in ratios.items():
+        assert ratio["root_mean_loss"] == pytest.approx(1, rel=1e-5), name
+    root = losses[:, 0].sqrt()
+    assert ratios["none"]["uniform"] == pytest.approx(float(10 * root.square().sum() / root.sum() ** 2), rel=1e-5)
+    assert ratios["none"]["root_mean_square_loss"] > 1.1
+
+
+def test_the_gradient_probe_runs(pipelines, tmp_path):
+    options = gradient_probe.ProbeOptions(
+        pipeline=pipelines[0], output_json=str(tmp_path / "probe.json"), num_bins=4, examples=3, device="cpu"
+    )
+    gradient_probe.main(options)
+    results = json.loads((tmp_path / "probe.json").read_text())
+    assert results["timesteps"] == [12, 37, 62, 87]
+    for metric in results["metrics"].values():
+        assert all(moment > 0 for moment in metric["second_moment"])
+        assert all(ratio >= 0.999 for ratio in metric["relative_variance"]["bell"].values())
+
+
+def test_a_swapped_network_is_the_strong_one_in_its_segment_alone():
+    weak, strong = torch.nn.Module(), torch.nn.Module()
+    weak.forward, strong.forward = lambda x, t: "weak", lambda x, t: "strong"
+    weak.config, weak.dtype, weak.device = {}, torch.float32, torch.device("cpu")
+    unet = swap_test.SwappedUNet(weak, strong, 10, 20)
+    assert [unet(None, t) for t in (9, 10, 19, 20)] == ["weak", "strong", "strong", "weak"]
+
+
+def test_the_swap_test_runs(pipelines, tmp_path):
+    regnet = SHARED / "metrics" / "cifar10-regnet"
+    if not regnet.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    weak, strong = pipelines
+    options = swap_test.SwapOptions(
+        weak=weak,
+        strong=strong,
+        output_json=str(tmp_path / "swap.json"),
+        boundaries=[0, 50, T],
+        eval_num_images=330,
+        eval_num_inference_steps=2,
+        eval_feature_extractor=str(regnet),
+    )
+    swap_test.main(options)
+    results = json.loads((tmp_path / "swap.json").read_text())
+    assert results["weak"] != results["strong"]
+    assert [row["segment"] for row in results["segments"]] == [[0, 50], [50, T]]
+    assert sum(row["share_of_nats"] for row in results["segments"]) == pytest.approx(1, rel=1e-4)
