@@ -124,7 +124,7 @@ def our_step(accelerator, dataset, options):
     schedule = NoiseSchedule.from_scheduler(noise_scheduler)
     sampler = make_timestep_sampler(schedule, options.method, seed=options.seed, device=device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
-    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, None)
+    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema = WeightAverage(unet.parameters(), use_ema_warmup=True, power=options.ema_power, foreach=True)
@@ -168,7 +168,7 @@ def diffusers_step(accelerator, images, options):
         lambda examples: {"input": [augmentations(image.convert(mode)) for image in examples["image"]]}
     )
     loader = torch.utils.data.DataLoader(dataset, options.train_batch_size, shuffle=True, drop_last=True)
-    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, None)
+    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     ema.to(device)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -205,8 +205,11 @@ def endless(loader):
 
 
 def compare_sampling(unet, accelerator, options):
-    """`UnconditionalPipeline.sample` against `DDPMPipeline.__call__`, on the same weights and in the same precision."""
-    stock = DDPMPipeline(unet, build_noise_scheduler(options))
+    """`UnconditionalPipeline.sample` against `DDPMPipeline.__call__`, of the same weights in the same precision; ours
+    with the kernels that generate.py has under the same flags."""
+    plain_unet = build_unet(options, unet.config.in_channels, options.resolution).to(accelerator.device)
+    plain_unet.load_state_dict(unet.state_dict())
+    stock = DDPMPipeline(plain_unet.eval(), build_noise_scheduler(options))
     ours = UnconditionalPipeline(unet, build_noise_scheduler(options))
     for pipeline in (stock, ours):
         pipeline.set_progress_bar_config(disable=True)

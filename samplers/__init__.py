@@ -14,7 +14,6 @@ from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
 from .base import TimestepBatch, TimestepSampler, fold_seed
 from .clts import CLTSSampler
-from .importance import ImportanceSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
 from .log_normal import LogNormalSampler
@@ -37,7 +36,6 @@ TIMESTEP_SAMPLERS = {
     "adaptive_log_snr": AdaptiveLogSNRSampler,
     "info_noise": InfoNoiseSampler,
     "kim": KimSampler,
-    "importance": ImportanceSampler,
     "adaptive": AdaptiveSampler,
 }
 
@@ -56,7 +54,7 @@ METHODS = {  # name: (timestep sampler, loss weighting), as published
     "adaptive_log_snr": ("adaptive_log_snr", "none"),
     "info_noise": ("info_noise", "edm"),
     "kim": ("kim", "none"),
-    "adaptive": ("adaptive", "bell"),
+    "adaptive": ("adaptive", "none"),
 }
 
 __all__ = [
@@ -66,7 +64,6 @@ __all__ = [
     "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
     "CLTSSampler",
-    "ImportanceSampler",
     "InfoNoiseSampler",
     "KimSampler",
     "LogNormalSampler",

@@ -1,90 +1,80 @@
-"""Ours: an objective read off the run's own losses, and the density of least gradient variance for it."""
+"""Ours: the density of least gradient variance for a given objective, learned from the run's own losses."""
 
 import math
 
 import torch
+import torch.nn.functional as F
 
-from .importance import ImportanceSampler
-
-MAX_SIGMA = 80.0  # EDM's sigma_max (arXiv 2206.00364, table 1): beyond it nothing is to be seen of an image
+from .loss_aware import LossAwareSampler
 
 
-class AdaptiveSampler(ImportanceSampler):
-    """c_t ∝ sigma_t^q * (-dE[l_t]/dt), p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t).
+class AdaptiveSampler(LossAwareSampler):
+    """p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
 
-    Where an error of the network matters to what is sampled, for images with principal components of standard
-    deviations s_i: an error e of its predicted noise in component i, at noise level sigma, moves the end of ancestral
-    sampling by 2 e sigma s_i^2 / (s_i^2 + sigma^2) per unit of log sigma (the error of the drift, shrunk by the steps
-    that follow). Relative to s_i, its square is 4 e^2 b_i with the bump b_i = (s_i sigma / (s_i^2 + sigma^2))^2: a
-    component is decided around sigma = s_i. The least loss there is, L = mean_i s_i^2 / (s_i^2 + sigma^2), falls by
-    just these bumps, -dL/dlog(sigma) = 2 mean_i b_i. So the slope of the loss, which every run measures, is the
-    objective under which all components count alike; with weights s_i^q it is sigma^q times the slope.
-    q = 2 is the squared error of pixels, q = 0 that of each component in its own unit.
+    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting (1 for the method `adaptive`). Any density with
+    w_t = c_t / (T p_t) has the same expected gradient; its variance is sum_t c_t^2 G_t / p_t - |grad J|^2, with G_t the
+    second moment of one example's gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the network's
+    output is that of a squared error, of squared norm ∝ l_t, so sqrt(E[l_t]) stands in for sqrt(G_t) (Katharopoulos &
+    Fleuret 2018, arXiv 1803.00942, bound it by the last layer's) - the mean loss, not IDDPM's mean squared loss.
 
-    The slope is that of the loss as it is, not of the least one: it begins at the noise levels that are learned first,
-    the high ones, and moves to lower ones as these are learned; the density follows.
-
-    The slope is that of a local linear regression of the losses on log sigma, over the draws that `ImportanceSampler`
-    remembers; where the loss does not fall it counts as zero. Until warmed up, c_t is the loss weighting and p_t
-    uniform.
+    E[l_t] is a running mean: sums and counts that decay with the number of draws, both smoothed over neighbouring
+    timesteps by a Gaussian before they are divided. p_t is mixed with a little uniform, so that no timestep is
+    starved and no weight explodes; until `warmup` draws per timestep were seen, p_t is uniform.
 
     Args:
-        loss_weights: [T] the objective until warmed up.
-        amplitude_power: q.
-        bandwidth: standard deviation of the regression's Gaussian kernel, in units of log sigma.
-        floor: share of a constant objective, which keeps every timestep alive.
+        uniform_fraction: of the draws that are uniform, in (0, 1].
+        warmup: draws per timestep before the density adapts.
+        horizon: draws per timestep over which the running mean forgets (a time constant).
+        smoothing: standard deviation of the Gaussian over timesteps, as a fraction of T.
+        refresh_every: updates between two renewals of the density (of `LossAwareSampler`).
     """
 
-    state_names = (*ImportanceSampler.state_names, "loss_weights")
+    corrects_for_density = True
+    state_names = (*LossAwareSampler.state_names, "sums", "draws_seen")
 
-    def __init__(self, schedule, loss_weights=None, *, amplitude_power=0.5, bandwidth=0.3, floor=0.01, **options):
-        if not bandwidth > 0:
-            raise ValueError(f"bandwidth must be greater than 0, not {bandwidth}")
-        if not 0 < floor <= 1:
-            raise ValueError(f"floor must be in (0, 1], not {floor}")
+    def __init__(
+        self,
+        schedule,
+        loss_weights=None,
+        *,
+        uniform_fraction=0.1,
+        warmup=5.0,
+        horizon=20.0,
+        smoothing=0.005,
+        **options,
+    ):
+        if not 0 < uniform_fraction <= 1:
+            raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
         super().__init__(schedule, loss_weights, **options)
-        self.floor = floor
-        self._initial_weights = self.loss_weights
-        log_sigma = schedule.sigma.clamp(max=MAX_SIGMA).log()
-        grid = regression_grid(log_sigma, bandwidth / 2)
-        distance = log_sigma - grid[:, None]
-        kernel = torch.exp(-0.5 * (distance / bandwidth) ** 2)
-        self._moments = (torch.stack([kernel, kernel * distance, kernel * distance**2])).to(self.device)  # [3, K, T]
-        self._interpolate = interpolation(grid, log_sigma).to(self.device)
-        amplitude = (amplitude_power * log_sigma).exp() * torch.gradient(log_sigma)[0]
-        self._amplitude = self._table(amplitude)
+        T = self.num_train_timesteps
+        self.uniform_fraction = uniform_fraction
+        self.warmup_draws, self.horizon_draws = warmup * T, horizon * T
+        self._kernel = self._table(gaussian_kernel(smoothing * T))
+        self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
+        self.draws_seen = torch.zeros((), device=self.device)
 
-    def loss_slope(self):
-        """[T] the current estimate of dE[l_t]/dlog(sigma_t)."""
-        losses, draws = self.sums.double()
-        n, nu, nuu = (self._moments * draws).sum(-1)  # [K]: of 1, u and u^2, with u = log sigma - that of the grid
-        y, yu = (self._moments[:2] * losses).sum(-1)
-        spread = n * nuu - nu.square()
-        slope = torch.where(spread > 1e-9 * n.square(), (n * yu - nu * y) / spread, 0.0)
-        low, share = self._interpolate
-        low = low.long()
-        return torch.lerp(slope[low], slope[low + 1], share).float()
-
-    def objective(self):
-        """[T] c_t, of mean 1, as the losses are now."""
-        fall = self._amplitude * (-self.loss_slope()).clamp_min(0.0)
-        return (1 - self.floor) * fall / fall.mean().clamp_min(1e-30) + self.floor
+    def expected_loss(self):
+        """[T] the current estimate of E[l_t]."""
+        radius = len(self._kernel) // 2
+        # Not a convolution: cuDNN may choose another algorithm on another process, and tables must be alike on all.
+        windows = F.pad(self.sums, (radius, radius)).unfold(-1, len(self._kernel), 1)
+        losses, draws = (windows * self._kernel).sum(-1)
+        overall = self.sums[0].sum() / self.sums[1].sum().clamp_min(1.0)
+        return (losses + overall) / (draws + 1)  # as if the overall mean had been seen once: defined before any draw
 
     def _renew(self, pending):
-        self._learn(pending)
-        objective = self.objective()
-        self.loss_weights = torch.where(self.is_warm, objective / objective.mean(), self._initial_weights)
-        self._renew_density()
+        draws = pending[1].sum()
+        self.sums.mul_(torch.exp(-draws / self.horizon_draws)).add_(pending)
+        self.draws_seen += draws
+        optimal = self.loss_weights * self.expected_loss().sqrt()
+        ready = (self.draws_seen >= self.warmup_draws) & (optimal.sum() > 0)
+        optimal = torch.where(ready, optimal / optimal.sum(), 1 / self.num_train_timesteps)
+        f = self.uniform_fraction
+        self._set_density((1 - f) * optimal + f / self.num_train_timesteps)
 
 
-def regression_grid(log_sigma, spacing):
-    """[K] float64, K >= 2 equally spaced points, at most `spacing` apart, over the range of `log_sigma` [T]."""
-    low, high = log_sigma.min().item(), log_sigma.max().item()
-    return torch.linspace(low, high, max(2, math.ceil((high - low) / spacing) + 1), dtype=torch.float64)
-
-
-def interpolation(grid, points):
-    """[2, N] the index of the point of `grid` below each of `points` [N], and how far it is on the way to the next."""
-    position = (points - grid[0]) / (grid[1] - grid[0])
-    low = position.floor().clamp(0, len(grid) - 2)
-    return torch.stack([low, position - low])
+def gaussian_kernel(std):
+    """[2r + 1] a Gaussian of standard deviation `std` timesteps, cut at r = 3 std."""
+    radius = math.ceil(3 * std)
+    t = torch.arange(-radius, radius + 1)
+    return torch.exp(-0.5 * (t / max(std, 1e-6)) ** 2)

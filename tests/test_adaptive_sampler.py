@@ -1,98 +1,289 @@
-"""The adaptive objective: where the loss falls with noise, by the closed form of Gaussian images."""
+"""The adaptive sampler: it learns p_t ∝ c_t sqrt(L_t) from noisy losses, follows it, and all ranks learn the same."""
 
 import pytest
 import torch
-from test_importance_sampler import total_variation, train
-from test_samplers import LENGTHS, adapt, every_schedule, scheduler, tables
+from conftest import run_two_ranks
+from test_samplers import adapt, assert_same_state, falling_loss, scheduler, state_bits
 
-from samplers import make_timestep_sampler
+from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, make_timestep_sampler
 
-COMPONENTS = torch.tensor([4.0, 1.0, 0.3, 0.1, 0.1]).double()  # standard deviations s_i
 T = 1000
 
 
-def adaptive(schedule="linear", length=T, **options):
-    return make_timestep_sampler(scheduler(schedule, length), "adaptive", **options)
+def adaptive(weighting="bell", **options):
+    return make_timestep_sampler(scheduler(), "adaptive", loss_weighting=weighting, **options)
 
 
-def gaussian_loss(sigma):
-    """[T] the least epsilon-loss there is, mean_i s_i^2 / (s_i^2 + sigma^2)."""
-    variance = COMPONENTS[:, None].square()
-    return (variance / (variance + sigma.square())).mean(0)
+def train(sampler, mean_loss, epochs, batch_size=500, seed=0):
+    """Draw as many timesteps as `epochs` times T and report losses of that mean, as spread as squares are (chi^2_4)."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs * T // batch_size):
+        timesteps = sampler.sample(batch_size).timesteps
+        noise = torch.randn(4, batch_size, generator=generator).square().mean(0)
+        sampler.update(timesteps, mean_loss[timesteps] * noise)
+    return sampler
 
 
-def gaussian_objective(schedule, amplitude_power=0.0):
-    """[T] sum_i s_i^q (s_i sigma / (s_i^2 + sigma^2))^2 dlog(sigma)/dt, of mean 1."""
-    sigma, s = schedule.sigma, COMPONENTS[:, None]
-    bumps = s**amplitude_power * (s * sigma / (s.square() + sigma.square())).square()
-    objective = bumps.sum(0) * torch.gradient(sigma.log())[0]
-    return objective / objective.mean()
+def optimum(sampler, mean_loss):
+    """p_t = (1 - f) c_t sqrt(L_t) / sum + f / T."""
+    best = sampler.loss_weights.double() * mean_loss.double().sqrt()
+    return (1 - sampler.uniform_fraction) * best / best.sum() + sampler.uniform_fraction / T
 
 
-def distance(objective, other):
-    """Total variation between two objectives, as densities."""
-    return total_variation(objective / objective.sum(), other / other.sum())
+def total_variation(p, q):
+    return float((p.double() - q.double()).abs().sum() / 2)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_the_slope_gives_every_component_the_same_weight(schedule, length):
-    sampler = adaptive(schedule, length, amplitude_power=0.0, bandwidth=0.1, floor=1e-6)
-    tables_ = tables(schedule, length)
-    adapt(sampler, gaussian_loss(tables_.sigma).float())
-    assert distance(sampler.loss_weights, gaussian_objective(tables_)) < (0.03 if length > 50 else 0.1)
+def uniform_density():
+    return torch.full((T,), 1 / T)
 
 
-def test_a_power_of_the_amplitude_weighs_components_by_it():
-    """s_i^q, nearly: sigma is about s_i under the bump of component i, and a little higher for the larger half."""
-    schedule = tables()
-    sampler = adapt(adaptive(amplitude_power=0.5), gaussian_loss(schedule.sigma).float())
-    far = distance(gaussian_objective(schedule, 0.5), gaussian_objective(schedule))
-    assert distance(sampler.loss_weights, gaussian_objective(schedule, 0.5)) < 0.6 * far
+# ------------------------------------------------------------------------------------------------------- what it learns
 
 
-def test_it_is_learned_from_noisy_losses():
-    loss = gaussian_loss(tables().sigma).float()
-    exact, noisy = adapt(adaptive(), loss), train(adaptive(), loss, epochs=60)
-    assert distance(noisy.loss_weights, exact.loss_weights) < 0.05
-    best = noisy.loss_weights * loss.sqrt()
-    target = 0.9 * best / best.sum() + 0.1 / T
-    assert total_variation(noisy.probabilities, target) < 0.03
+@pytest.mark.parametrize("weighting", ["none", "bell", "min_snr", "p2"])
+@pytest.mark.parametrize("uniform_fraction", [0.1, 0.5])
+def test_density_converges_to_the_optimum(weighting, uniform_fraction):
+    sampler = train(adaptive(weighting, uniform_fraction=uniform_fraction), falling_loss(T), epochs=60)
+    target = optimum(sampler, falling_loss(T))
+    assert total_variation(sampler.probabilities, target) < 0.03
+    assert total_variation(sampler.probabilities, target) < 0.2 * total_variation(uniform_density(), target)
+    assert sampler.probabilities.min() > 0.99 * uniform_fraction / T
+    assert float((sampler.probabilities / target).log().abs().max()) < 0.35  # nowhere far off either
 
 
-def test_it_moves_to_lower_noise_as_that_is_learned():
-    """A network that so far tells noise from image at high noise only, then at low noise too."""
-    sigma = tables().sigma
-    early, late = ((s**2 / (s**2 + sigma.square())).float() for s in (5.0, 0.2))
-    sampler = train(adaptive(), early, epochs=20)
-    before = (sampler.loss_weights * torch.arange(T)).mean()
-    train(sampler, late, epochs=100)
-    assert (sampler.loss_weights * torch.arange(T)).mean() < 0.5 * before
+def test_expected_loss_estimates_the_mean_not_the_mean_square():
+    """IDDPM's sqrt(E[l^2]) would be sqrt(1.5) times as large for these losses."""
+    sampler = train(adaptive("none"), falling_loss(T), epochs=60)
+    ratio = sampler.expected_loss() / falling_loss(T)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+    assert float(ratio.std()) < 0.15
 
 
-def test_until_warmed_up_the_objective_is_the_loss_weighting():
-    sampler = adaptive(warmup=5.0, loss_weighting="min_snr")
-    assert torch.equal(sampler.loss_weights, make_timestep_sampler(scheduler(), "min_snr").loss_weights)
-    train(sampler, torch.rand(T), epochs=4)
-    assert torch.equal(sampler.loss_weights, make_timestep_sampler(scheduler(), "min_snr").loss_weights)
-    assert torch.allclose(sampler.probabilities, torch.tensor(1 / T))
+def test_every_batch_size_and_refresh_interval_learns_the_same():
+    for batch_size, refresh_every in ((50, 1), (64, 20), (1000, 7)):
+        sampler = train(adaptive(refresh_every=refresh_every), falling_loss(T), epochs=40, batch_size=batch_size)
+        assert total_variation(sampler.probabilities, optimum(sampler, falling_loss(T))) < 0.04
 
 
-def test_where_the_loss_rises_only_the_floor_is_left():
-    sampler = adapt(adaptive(floor=0.1), torch.linspace(0.1, 1.0, T))
-    assert torch.allclose(sampler.loss_weights, torch.tensor(1.0))
+def test_it_is_uniform_until_warmed_up():
+    sampler = adaptive(warmup=5.0)
+    for step in range(1, 200):
+        timesteps, weights = sampler.sample(50)
+        assert torch.allclose(sampler.probabilities, torch.tensor(1 / T))
+        assert torch.allclose(weights, sampler.loss_weights[timesteps])
+        sampler.update(timesteps, falling_loss(T)[timesteps])
+        if step * 50 >= 5 * T and step % 20 == 0:
+            break
+    assert step == 100
+    assert total_variation(sampler.probabilities, uniform_density()) > 0.1
 
 
-@every_schedule
-def test_the_objective_is_finite_positive_and_of_mean_one(schedule, T):
-    sampler = adapt(adaptive(schedule, T), torch.rand(T, generator=torch.Generator().manual_seed(0)))
-    assert sampler.loss_weights.isfinite().all()
-    assert (sampler.loss_weights > 0).all()
-    assert float(sampler.loss_weights.mean()) == pytest.approx(1, rel=1e-5)
-    assert sampler.weights.isfinite().all()
+def test_it_follows_when_the_losses_change():
+    before, after = falling_loss(T), falling_loss(T).flip(0)
+    sampler = train(adaptive("none"), before, epochs=40)
+    train(sampler, after, epochs=100, seed=1)  # five horizons
+    assert total_variation(sampler.probabilities, optimum(sampler, after)) < 0.04
 
 
-@pytest.mark.parametrize("options", [{"bandwidth": 0.0}, {"floor": 0.0}, {"floor": 1.1}])
-def test_options_out_of_range_are_refused_by_name(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        adaptive(**options)
+def test_it_forgets_at_the_stated_horizon():
+    """After `horizon` draws per timestep of another loss, 1 / e of the old one is left."""
+    sampler = adaptive("none", horizon=10.0, uniform_fraction=1.0)
+    train(sampler, torch.ones(T), epochs=200)
+    train(sampler, torch.zeros(T), epochs=10)
+    assert float(sampler.expected_loss().mean()) == pytest.approx(0.368, abs=0.03)
+
+
+@pytest.mark.parametrize("weighting", ["none", "bell", "min_snr"])
+def test_gradient_variance_is_near_the_least_there_is(weighting):
+    """sum_t c_t^2 G_t / p_t, least at (sum_t c_t sqrt(G_t))^2, where G_t ∝ L_t."""
+    sampler = train(adaptive(weighting), falling_loss(T), epochs=60)
+    c, G = sampler.loss_weights.double(), falling_loss(T).double()
+    least = float((c * G.sqrt()).sum() ** 2)
+    uniform, own = (float((c**2 * G / p.double()).sum()) for p in (uniform_density(), sampler.probabilities))
+    assert own < 0.9 * uniform
+    assert own < 1.06 * least
+
+
+def test_gradients_of_a_model_are_less_noisy_at_the_same_mean():
+    """A linear model's own gradients, sampled: the same objective's mean gradient, with less variance."""
+    generator = torch.Generator().manual_seed(0)
+    scale = falling_loss(T).double().sqrt()
+    sampler = adapt(adaptive("none"), falling_loss(T))
+
+    def gradients(timesteps, weights):
+        error = scale[timesteps] * (0.3 + torch.randn(len(timesteps), generator=generator, dtype=torch.float64))
+        return weights * 2 * error  # d/dtheta of (theta + error)^2 at theta = 0
+
+    t_uniform = torch.randint(T, (200000,), generator=generator)
+    uniform = gradients(t_uniform, torch.ones(()))
+    own = gradients(*sampler.sample(200000))
+    assert float(own.mean()) == pytest.approx(float(uniform.mean()), abs=5 * float(uniform.std()) / 200000**0.5)
+    assert own.var() < 0.8 * uniform.var()
+
+
+@pytest.mark.parametrize("uniform_fraction", [0.0, -0.1, 1.1])
+def test_a_density_without_a_floor_is_refused(uniform_fraction):
+    with pytest.raises(ValueError, match="uniform_fraction"):
+        adaptive(uniform_fraction=uniform_fraction)
+
+
+# ------------------------------------------------------------------------------------------------------- broken losses
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_broken_losses_are_left_out(bad):
+    losses = falling_loss(T).repeat(2)
+    timesteps = torch.arange(T).repeat(2)
+    broken = torch.arange(2 * T) % 5 == 0
+    clean, dirty = adaptive(), adaptive()
+    for _ in range(40):
+        clean.update(timesteps, torch.where(broken, float("nan"), losses))
+        dirty.update(timesteps, torch.where(broken, bad, losses))
+    assert_same_state(state_bits(clean), state_bits(dirty))
+    assert total_variation(dirty.probabilities, optimum(dirty, falling_loss(T))) < 0.01
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0])
+def test_a_warmup_of_broken_losses_alone_leaves_it_uniform_and_it_recovers(broken):
+    sampler = adaptive()
+    adapt(sampler, torch.full((T,), broken))
+    assert sampler.probabilities.isfinite().all()
+    assert sampler.sample(64).weights.isfinite().all()
+    for _ in range(10):
+        adapt(sampler)
+    assert total_variation(sampler.probabilities, optimum(sampler, falling_loss(T))) < 0.02
+
+
+def test_an_exploding_loss_does_not_poison_for_ever():
+    """Finite losses whose sum is not: a run just before it diverges, which its user rolls back or clips."""
+    sampler = adapt(adaptive())
+    adapt(sampler, torch.full((T,), torch.finfo(torch.float32).max))
+    assert sampler.probabilities.isfinite().all()
+    assert sampler.sample(64).weights.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, make_timestep_sampler
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+assert dist.is_initialized() and accelerator.num_processes == 2
+schedule = NoiseSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
+loss = torch.load(f"{folder}/loss.pt")
+out = {"rank": rank}
+
+def fresh(name="adaptive", **options):
+    return make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="bell", **options)
+
+def train(sampler, steps, batch_size=100):
+    for _ in range(steps):
+        timesteps = sampler.sample(batch_size).timesteps
+        sampler.update(timesteps, loss[timesteps])
+
+for name in TIMESTEP_SAMPLERS:
+    for low_discrepancy in (True, False):
+        sampler = fresh(name, seed=3, low_discrepancy=low_discrepancy)
+        out[name, low_discrepancy] = [tuple(sampler.sample(b)) for b in (1, 4, 7)]
+
+sampler = fresh(refresh_every=4)
+train(sampler, 90)
+out["draws"] = sampler.sample(50).timesteps
+out["state"] = sampler.state_dict()
+
+sampler = fresh(refresh_every=4, horizon=2.0)
+for _ in range(60):  # the ranks' batches differ in size, as at the end of an epoch
+    sampler.update(torch.arange(1000)[: 300 - 100 * rank], loss[: 300 - 100 * rank])
+out["uneven"] = sampler.probabilities
+
+sampler = fresh(refresh_every=16)
+accelerator.register_for_checkpointing(sampler)
+train(sampler, 88)  # in the middle between two renewals
+accelerator.save_state(f"{folder}/checkpoint")
+own_state = sampler.state_dict()
+train(sampler, 20)
+out["uninterrupted"] = sampler.state_dict()
+accelerator.load_state(f"{folder}/checkpoint")
+train(sampler, 20)
+out["resumed from the first's"] = sampler.state_dict()
+sampler.load_state_dict(own_state)
+train(sampler, 20)
+out["resumed from its own"] = sampler.state_dict()
+
+torch.save(out, f"{folder}/rank{rank}.pt")
+accelerator.end_training()
+"""
+
+
+def schedule_of_worker():
+    return NoiseSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, T, dtype=torch.float64).cumprod(0))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two gloo processes saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save((falling_loss(T) * 256).round() / 256, folder / "loss.pt")
+    run_two_ranks(folder, WORKER, folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
+def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
+    alone = make_timestep_sampler(schedule_of_worker(), timestep_sampler=name, loss_weighting="bell", seed=3,
+                                  low_discrepancy=low_discrepancy)  # fmt: skip
+    for i, batch_size in enumerate((1, 4, 7)):
+        shares = [rank[name, low_discrepancy][i] for rank in ranks]
+        assert shares[0][0].shape == (batch_size,)
+        assert batch_size < 4 or not torch.equal(shares[0][0], shares[1][0])
+        for ours, own in zip(zip(*shares, strict=True), alone.sample(2 * batch_size), strict=True):
+            assert torch.equal(torch.stack(ours, 1).flatten(), own)
+
+
+def test_ranks_hold_the_same_tables_as_one_process_with_both_halves(ranks):
+    loss = (falling_loss(T) * 256).round() / 256
+    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", refresh_every=4)
+    for _ in range(90):
+        timesteps = alone.sample(200).timesteps
+        alone.update(timesteps, loss[timesteps])
+    assert total_variation(alone.probabilities, uniform_density()) > 0.1
+    first, second = (rank["state"]["probabilities"] for rank in ranks)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone.probabilities)
+    torch.testing.assert_close(ranks[0]["state"]["sums"], alone.sums)
+    assert torch.equal(torch.stack([rank["draws"] for rank in ranks], 1).flatten(), alone.sample(100).timesteps)
+
+
+def test_ranks_hold_the_same_tables_when_their_batches_differ_in_size(ranks):
+    assert torch.equal(ranks[0]["uneven"], ranks[1]["uneven"])
+    assert total_variation(ranks[0]["uneven"], uniform_density()) > 0.1
+
+
+def test_states_saved_one_a_rank_resume_exactly_between_two_renewals(ranks):
+    for rank in ranks:
+        for name in ("probabilities", "sums", "pending", "draws_seen", "updates", "num_draws"):
+            value = rank["uninterrupted"][name]
+            torch.testing.assert_close(rank["resumed from its own"][name], value, rtol=0, atol=0)
+
+
+def test_a_state_of_the_first_rank_for_all_counts_no_loss_twice(ranks):
+    """Accelerate saves the main process's state and gives it to every rank: the other's last losses are left out."""
+    first, second = (rank["resumed from the first's"] for rank in ranks)
+    for name in ("probabilities", "sums", "draws_seen", "updates", "num_draws"):
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+    left_out = ranks[0]["uninterrupted"]["draws_seen"] - first["draws_seen"]
+    assert left_out == 8 * 100  # of one rank, in the 8 updates from the renewal at 80 to the save at 88
+
+
+def test_a_single_process_makes_no_collective(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: pytest.fail("a collective on one process"))
+    assert total_variation(adapt(adaptive()).probabilities, uniform_density()) > 0.1
