@@ -11,8 +11,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import gradient_probe
 import swap_test
+import throughput
 
-from samplers import NoiseSchedule
+from recipes import parse_options
+from samplers import METHODS, NoiseSchedule
 
 T = 100
 
@@ -96,3 +98,19 @@ def test_the_swap_test_runs(pipelines, tmp_path):
     assert results["weak"] != results["strong"]
     assert [row["segment"] for row in results["segments"]] == [[0, 50], [50, T]]
     assert sum(row["share_of_nats"] for row in results["segments"]) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/throughput.py"])
+    path = tmp_path / "throughput.json"
+    flags = ["--dataset_name", "digits", "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--repeats", 1]
+    flags += ["--steps_per_repeat", 1, "--sampling_batch_size", 2, "--sampling_steps", 2, "--data_images", 64]
+    flags = [str(flag) for flag in [*flags, "--output_json", path]]
+    throughput.main(parse_options(throughput.ThroughputOptions, flags))
+    results = json.loads(path.read_text())
+    for kind in ("training", "sampling"):
+        rates = results[f"{kind}_images_per_second"]
+        ratio = rates["ours"]["median"] / rates["diffusers"]["median"]
+        assert rates["ours_over_diffusers"]["median"] == pytest.approx(ratio, rel=1e-6)
+    assert set(results["sampler_milliseconds"]) == set(METHODS)
+    assert 0 < results["arithmetic"]["fraction"] < 1
