@@ -34,6 +34,7 @@ from training.saving import write_json
 
 matplotlib.use("agg")
 
+COLOURS = plt.get_cmap("tab20").colors  # one for each method
 BASELINE = "ddpm"  # speed-ups are over this method, where it takes part
 TRAINING_SCRIPT = Path(__file__).parent / "train_adaptive_ddpm.py"
 
@@ -267,6 +268,7 @@ def table(results, methods):
 def plot_scores(results, methods, path):
     """Score against training time, a line a method, with the spread over seeds."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axis.set_prop_cycle(color=COLOURS)
     for method, summary in methods.items():
         errors = [deviation or 0 for deviation in summary["spreads"]]
         axis.errorbar(summary["times"], summary["means"], errors, marker="o", capsize=3, label=method)
@@ -280,6 +282,8 @@ def plot_scores(results, methods, path):
 def plot_densities(methods, path):
     """p_t and the objective p_t * w_t of each method, early and late in its first run."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for axis in axes.flat:
+        axis.set_prop_cycle(color=COLOURS)
     for method, summary in methods.items():
         for column, when in enumerate(("early", "late")):
             if summary["runs"]:

@@ -45,7 +45,7 @@ TINY = [
     "none",
 ]
 # So few timesteps, and so many renewals, that the adaptive density is far from uniform after a few steps.
-ADAPTING = ["--ddpm_num_steps", "20", "--timestep_sampler_options", '{"refresh_every": 3}']
+ADAPTING = ["--ddpm_num_steps", "20", "--timestep_sampler_options", '{"refresh_every": 3}', "--loss_weighting", "bell"]
 TINY_UNET = {
     "block_out_channels": [8, 16],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],

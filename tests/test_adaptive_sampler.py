@@ -251,7 +251,7 @@ def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
 
 def test_ranks_hold_the_same_tables_as_one_process_with_both_halves(ranks):
     loss = (falling_loss(T) * 256).round() / 256
-    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", refresh_every=4)
+    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", loss_weighting="bell", refresh_every=4)
     for _ in range(90):
         timesteps = alone.sample(200).timesteps
         alone.update(timesteps, loss[timesteps])
