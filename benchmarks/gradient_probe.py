@@ -23,9 +23,9 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_data import normalize, open_images
-from samplers import LOSS_WEIGHTINGS, NoiseSchedule, epsilon_loss_scale, fold_seed
+from samplers import LOSS_WEIGHTINGS, NoiseSchedule, fold_seed
 from training.metrics import device_name
-from training.models import epsilon_losses
+from training.models import epsilon_losses, epsilon_scale_of
 from training.saving import write_json
 
 OBJECTIVES = ("none", "min_snr", "p2", "bell")
@@ -78,8 +78,7 @@ def main(options):
 def example_gradients(pipeline, dataset, t, options):
     """Losses [N] and gradients [N, 3, P] of N images at timestep t, under noise eps, -eps and eps'."""
     unet, scheduler, device = pipeline.unet.eval(), pipeline.scheduler, options.device
-    scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(scheduler), scheduler.config.prediction_type)
-    scale, timestep = scale.to(device, torch.float32), torch.tensor([t], device=device)
+    scale, timestep = epsilon_scale_of(scheduler, device), torch.tensor([t], device=device)
     generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
     parameters = list(unet.parameters())
     losses, gradients = [], []

@@ -20,9 +20,9 @@ from sklearn.datasets import load_digits
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from samplers import NoiseSchedule, epsilon_loss_scale, fold_seed, make_timestep_sampler
+from samplers import fold_seed, make_timestep_sampler
 from training.metrics import by_bin
-from training.models import epsilon_losses
+from training.models import epsilon_losses, epsilon_scale_of
 
 
 @dataclass
@@ -86,7 +86,7 @@ def train(method, options, images, moments, args):
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999))
     noise_scheduler = DDPMScheduler()
-    epsilon_scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(noise_scheduler), "epsilon").float()
+    epsilon_scale = epsilon_scale_of(noise_scheduler, "cpu")
     sampler = make_timestep_sampler(noise_scheduler, method, seed=args.seed, **options)
     generator = torch.Generator()
 

@@ -22,10 +22,10 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_data import normalize, open_images
-from samplers import NoiseSchedule, epsilon_loss_scale, fold_seed
+from samplers import NoiseSchedule, fold_seed
 from training.evaluation import Evaluator
 from training.metrics import device_name
-from training.models import epsilon_losses
+from training.models import epsilon_losses, epsilon_scale_of
 from training.saving import write_json
 
 
@@ -69,7 +69,8 @@ def main(options):
     evaluator = Evaluator(options, dataset, state)
     segments = list(zip(options.boundaries, options.boundaries[1:], strict=False))
     losses = {name: probe_losses(pipeline, dataset, options) for name, pipeline in (("weak", weak), ("strong", strong))}
-    log_sigma = NoiseSchedule.from_scheduler(weak.scheduler).sigma.log()[::10]
+    fall = losses["weak"] - losses["strong"]
+    nats = fall * torch.gradient(NoiseSchedule.from_scheduler(weak.scheduler).sigma.log()[::10])[0]
 
     scores = {}
     for low, high in tqdm([(0, 0), (0, options.boundaries[-1]), *segments], unit="chain"):
@@ -79,8 +80,6 @@ def main(options):
     rows = []
     for (low, high), score in scores.items():
         here = slice(low // 10, high // 10)
-        fall = losses["weak"] - losses["strong"]
-        nats = fall * torch.gradient(log_sigma)[0]
         rows.append(
             {
                 "segment": [low, high],
@@ -101,9 +100,7 @@ def main(options):
 def probe_losses(pipeline, dataset, options):
     """[T / 10] mean epsilon-losses at every tenth timestep; the same images and noise for every model."""
     scheduler, device = pipeline.scheduler, pipeline.device
-    scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(scheduler), scheduler.config.prediction_type)
-    scale = scale.to(device, torch.float32)
-    losses = []
+    scale, losses = epsilon_scale_of(scheduler, device), []
     for t in tqdm(range(0, scheduler.config.num_train_timesteps, 10), unit="t", leave=False):
         generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
         chosen = torch.randint(len(dataset), (options.probe_images,), generator=generator).tolist()

@@ -30,10 +30,11 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generate import DTYPES
 from image_data import open_images, training_batches
 from pipelines import UnconditionalPipeline, to_pil
 from recipes import one_line_errors, parse_options
-from samplers import METHODS, NoiseSchedule, make_timestep_sampler
+from samplers import METHODS, make_timestep_sampler
 from train_adaptive_ddpm import TrainingOptions
 from training.ema import WeightAverage
 from training.metrics import LossMeter, device_name, library_versions
@@ -124,14 +125,13 @@ def our_step(accelerator, dataset, options):
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
-    schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-    sampler = make_timestep_sampler(schedule, options.method, seed=options.seed, device=device)
+    sampler = make_timestep_sampler(noise_scheduler, options.method, seed=options.seed, device=device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema = WeightAverage(unet.parameters(), use_ema_warmup=True, power=options.ema_power, foreach=True)
-    meter = LossMeter(schedule.num_train_timesteps, device)
+    meter = LossMeter(noise_scheduler.config.num_train_timesteps, device)
     guard = NonFiniteGuard(optimizer.optimizer, device, False, options.max_nonfinite_steps)
     batches = training_batches(
         dataset, options.train_batch_size, seed=options.seed, rank=0, world_size=1, device=device, placement="auto"
@@ -174,7 +174,7 @@ def diffusers_step(accelerator, images, options):
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     ema.to(device)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = DTYPES[accelerator.mixed_precision] or torch.float32
     model.train()
     batches = endless(loader)
     progress_bar = tqdm(disable=None, leave=False)
@@ -209,7 +209,7 @@ def endless(loader):
 
 def compare_sampling(unet, accelerator, options):
     """`UnconditionalPipeline.sample` against `DDPMPipeline.__call__`, of the same weights in the same precision; ours
-    with the kernels that generate.py has under the same flags."""
+    with the kernels that `choose_kernels` gave the network, theirs without."""
     plain_unet = build_unet(options, unet.config.in_channels, options.resolution).to(accelerator.device)
     plain_unet.load_state_dict(unet.state_dict())
     stock = DDPMPipeline(plain_unet.eval(), build_noise_scheduler(options))
@@ -240,7 +240,7 @@ def arithmetic(accelerator, images, options, images_per_second):
     with FlopCounterMode(display=False) as counter:
         unet(batch, 0, return_dict=False)[0].sum().backward()
     flops = counter.get_total_flops()
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = DTYPES[accelerator.mixed_precision] or torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     (seconds,) = time_interleaved({"product": lambda: a @ b}, 9).values()

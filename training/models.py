@@ -4,6 +4,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
+from samplers import NoiseSchedule, epsilon_loss_scale
+
 from .ema import whole
 
 
@@ -102,13 +104,19 @@ def choose_kernels(unet, device, mixed_precision, compiled):
         unet.compile()
 
 
+def epsilon_scale_of(noise_scheduler, device):
+    """[T] float32 on `device`: what `epsilon_losses` needs, for the scheduler's prediction type."""
+    schedule = NoiseSchedule.from_scheduler(noise_scheduler)
+    return epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
+
+
 def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale):
     """[B] |eps - eps_theta(x_t, t)|^2, mean over pixels, whatever the network predicts.
 
     Args:
         images, noise: [B, C, H, W]; images in [-1, 1].
         timesteps: [B] int64.
-        epsilon_scale: [T] of `epsilon_loss_scale`.
+        epsilon_scale: [T] of `epsilon_scale_of`.
     """
     noisy_images = noise_scheduler.add_noise(images, noise, timesteps)
     prediction = unet(noisy_images, timesteps, return_dict=False)[0]

@@ -3,10 +3,10 @@
 import torch
 
 from image_data import normalize
-from samplers import NoiseSchedule, epsilon_loss_scale, fold_seed
+from samplers import fold_seed
 
 from .ema import whole
-from .models import epsilon_losses
+from .models import epsilon_losses, epsilon_scale_of
 
 
 class TrainingStep:
@@ -45,9 +45,7 @@ class TrainingStep:
         self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
         self.guard, self.meter = guard, meter
         self.seed, self.random_flip, self.max_grad_norm = seed, random_flip, max_grad_norm
-        schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-        scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type)
-        self.epsilon_scale = scale.to(accelerator.device, torch.float32)
+        self.epsilon_scale = epsilon_scale_of(noise_scheduler, accelerator.device)
         self.generator = torch.Generator(accelerator.device)
 
     def __call__(self, step, images):
