@@ -32,6 +32,7 @@ from samplers import (
     NoiseSchedule,
     fold_seed,
     make_timestep_sampler,
+    resolve_method,
 )
 from training.checkpoints import discard_checkpoints_after, find_checkpoint, read_process_state, save_checkpoint
 from training.clock import PhaseClock
@@ -52,6 +53,8 @@ from training.step import TrainingStep
 from training.stopping import Interval, NonFiniteGuard, StopCondition
 
 logger = logging.getLogger(__name__)
+
+SPECTRUM_IMAGES = 512  # of the training data, that the weighting `spectral` looks at
 
 
 @dataclass
@@ -265,11 +268,13 @@ def main(options):
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
 
         # Timesteps: which to train on, and how much each example counts
+        _, weighting = resolve_method(options.method, options.timestep_sampler, options.loss_weighting)
         sampler = make_timestep_sampler(
             schedule,
             options.method,
             timestep_sampler=options.timestep_sampler,
             loss_weighting=options.loss_weighting,
+            images=dataset.sample(SPECTRUM_IMAGES) if weighting == "spectral" else None,
             low_discrepancy=options.low_discrepancy,
             seed=options.seed,
             device=device,

@@ -87,7 +87,7 @@ def train(method, options, images, moments, args):
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999))
     noise_scheduler = DDPMScheduler()
     epsilon_scale = epsilon_scale_of(noise_scheduler, "cpu")
-    sampler = make_timestep_sampler(noise_scheduler, method, seed=args.seed, **options)
+    sampler = make_timestep_sampler(noise_scheduler, method, images=images, seed=args.seed, **options)
     generator = torch.Generator()
 
     def denoising_loss(images, timesteps, noise):

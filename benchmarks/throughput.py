@@ -125,7 +125,9 @@ def our_step(accelerator, dataset, options):
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
-    sampler = make_timestep_sampler(noise_scheduler, options.method, seed=options.seed, device=device)
+    sampler = make_timestep_sampler(
+        noise_scheduler, options.method, images=dataset.sample(64), seed=options.seed, device=device
+    )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
@@ -255,8 +257,8 @@ def arithmetic(accelerator, images, options, images_per_second):
 def sampler_cost(method, device, batch_size, repeats, num_train_timesteps=1000):
     """Milliseconds that drawing and learning add to a step; for Kim et al., without measuring the model."""
     noise_scheduler = build_noise_scheduler(TrainingOptions(ddpm_num_steps=num_train_timesteps))
-    sampler = make_timestep_sampler(noise_scheduler, method, device=device)
-    images = torch.zeros(batch_size, 3, 32, 32, device=device)
+    images = torch.rand(batch_size, 3, 32, 32, device=device)
+    sampler = make_timestep_sampler(noise_scheduler, method, images=images, device=device)
     losses = torch.rand(batch_size, device=device)
 
     def forty_steps():

@@ -2,7 +2,7 @@
 
 A method is a pair: a timestep sampler (the density p_t) and a loss weighting (the objective c_t).
 
-    sampler = make_timestep_sampler(noise_scheduler, "adaptive", device=device)
+    sampler = make_timestep_sampler(noise_scheduler, "adaptive", images=some_training_images, device=device)
     timesteps, weights = sampler.sample(batch_size)
     ...                                             # loss: [batch_size], |eps - eps_theta|^2, mean over pixels
     sampler.update(timesteps, loss.detach())
@@ -12,7 +12,7 @@ A method is a pair: a timestep sampler (the density p_t) and a loss weighting (t
 from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
-from .base import TimestepBatch, TimestepSampler, fold_seed
+from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed
 from .clts import CLTSSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
@@ -20,6 +20,7 @@ from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
 from .schedule import NoiseSchedule
+from .spectrum import component_variances
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
@@ -39,7 +40,9 @@ TIMESTEP_SAMPLERS = {
     "adaptive": AdaptiveSampler,
 }
 
-LOSS_WEIGHTINGS = {name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell")}
+LOSS_WEIGHTINGS = {
+    name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
+}
 
 METHODS = {  # name: (timestep sampler, loss weighting), as published
     "ddpm": ("uniform", "none"),
@@ -54,7 +57,7 @@ METHODS = {  # name: (timestep sampler, loss weighting), as published
     "adaptive_log_snr": ("adaptive_log_snr", "none"),
     "info_noise": ("info_noise", "edm"),
     "kim": ("kim", "none"),
-    "adaptive": ("adaptive", "none"),
+    "adaptive": ("adaptive", "spectral"),
 }
 
 __all__ = [
@@ -75,6 +78,8 @@ __all__ = [
     "TimestepSampler",
     "UncertaintySampler",
     "UniformSampler",
+    "antithetic_randn",
+    "component_variances",
     "epsilon_loss_scale",
     "fold_seed",
     "make_timestep_sampler",
@@ -83,7 +88,14 @@ __all__ = [
 
 
 def make_timestep_sampler(
-    noise_scheduler, method="adaptive", *, timestep_sampler=None, loss_weighting=None, device="cpu", **options
+    noise_scheduler,
+    method="adaptive",
+    *,
+    timestep_sampler=None,
+    loss_weighting=None,
+    images=None,
+    device="cpu",
+    **options,
 ):
     """Build a method's sampler for a diffusers noise scheduler.
 
@@ -92,18 +104,29 @@ def make_timestep_sampler(
         method: a key of `METHODS`.
         timestep_sampler: a key of `TIMESTEP_SAMPLERS`, in place of the method's.
         loss_weighting: a key of `LOSS_WEIGHTINGS`, in place of the method's.
+        images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
+            `spectral` alone, which is that of the method `adaptive`.
         device: where to draw; the training device.
         options: of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
 
     Raises:
-        ValueError: an unknown name or option, or a method that this noise schedule does not allow.
+        ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
+            does not allow.
     """
     sampler_name, weighting_name = resolve_method(method, timestep_sampler, loss_weighting)
     sampler_class = _lookup(TIMESTEP_SAMPLERS, "timestep_sampler", sampler_name)
     weighting = _lookup(LOSS_WEIGHTINGS, "loss_weighting", weighting_name)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    loss_weights = weighting(noise_scheduler).float()  # as it will be used: EDM's may overflow
+    data = ()
+    if weighting is weightings.spectral:
+        if images is None:
+            raise ValueError(
+                f"loss_weighting {weighting_name!r} needs `images`, a batch or more of the training data: "
+                "make_timestep_sampler(..., images=next(iter(dataloader)))"
+            )
+        data = (component_variances(images),)
+    loss_weights = weighting(noise_scheduler, *data).float()  # as it will be used: EDM's may overflow
     if not (loss_weights.isfinite().all() and (loss_weights > 0).any() and (loss_weights >= 0).all()):
         bad = int((~(loss_weights.isfinite() & (loss_weights >= 0))).nonzero()[0])
         raise ValueError(

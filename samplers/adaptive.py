@@ -9,27 +9,29 @@ from .loss_aware import LossAwareSampler
 
 
 class AdaptiveSampler(LossAwareSampler):
-    """p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
+    """p_t ∝ c_t * sqrt(E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling, with antithetic noise.
 
-    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: 1 for the method `adaptive`. Any density
-    with w_t = c_t / (T p_t) has the same expected gradient; its variance is sum_t c_t^2 G_t / p_t - |grad J|^2, with
-    G_t the second moment of one example's gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the
+    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: `spectral` for the method `adaptive`. Any
+    density with w_t = c_t / (T p_t) has the same expected gradient; its variance is sum_t c_t^2 G_t / p_t - |grad J|^2,
+    with G_t the second moment of one example's gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the
     network's output is that of a squared error, of squared norm ∝ l_t, so sqrt(E[l_t]) stands in for sqrt(G_t)
     (Katharopoulos & Fleuret 2018, arXiv 1803.00942, bound it by the last layer's) - the mean loss, not IDDPM's mean
     squared loss.
 
-    E[l_t] is a running mean: sums and counts that decay with the number of draws, both smoothed over neighbouring
-    timesteps by a Gaussian before they are divided. p_t is mixed with a little uniform, so that no timestep is
-    starved and no weight explodes; until `warmup` draws per timestep were seen, p_t is uniform.
+    E[l_t] is a running mean over the last part of the run, whatever its length, since losses fall like a power of
+    time: sums and counts that decay with the number of draws, both smoothed over neighbouring timesteps by a Gaussian
+    before they are divided. p_t is mixed with a little uniform, so that no timestep is starved and no weight explodes;
+    until `warmup` draws per timestep were seen, p_t is uniform.
 
     Args:
         uniform_fraction: of the draws that are uniform, in (0, 1].
         warmup: draws per timestep before the density adapts.
-        horizon: draws per timestep over which the running mean forgets (a time constant).
+        memory: the running mean's time constant, as a fraction of the draws so far, positive.
         smoothing: standard deviation of the Gaussian over timesteps, as a fraction of T.
         refresh_every: updates between two renewals of the density (of `LossAwareSampler`).
     """
 
+    antithetic_noise = True
     corrects_for_density = True
     state_names = (*LossAwareSampler.state_names, "sums", "draws_seen")
 
@@ -40,16 +42,19 @@ class AdaptiveSampler(LossAwareSampler):
         *,
         uniform_fraction=0.1,
         warmup=5.0,
-        horizon=20.0,
+        memory=0.2,
         smoothing=0.005,
         **options,
     ):
         if not 0 < uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
+        if not memory > 0:
+            raise ValueError(f"memory must be positive, not {memory}")
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
         self.uniform_fraction = uniform_fraction
-        self.warmup_draws, self.horizon_draws = warmup * T, horizon * T
+        self.memory = memory
+        self.warmup_draws = warmup * T
         self._kernel = self._table(gaussian_kernel(smoothing * T))
         self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
         self.draws_seen = torch.zeros((), device=self.device)
@@ -65,8 +70,9 @@ class AdaptiveSampler(LossAwareSampler):
 
     def _renew(self, pending):
         draws = pending[1].sum()
-        self.sums.mul_(torch.exp(-draws / self.horizon_draws)).add_(pending)
         self.draws_seen += draws
+        forgotten = draws / (self.memory * self.draws_seen).clamp_min(1.0)
+        self.sums.mul_(torch.exp(-forgotten)).add_(pending)
         optimal = self.loss_weights * self.expected_loss().sqrt()
         ready = (self.draws_seen >= self.warmup_draws) & (optimal.sum() > 0)
         optimal = torch.where(ready, optimal / optimal.sum(), 1 / self.num_train_timesteps)

@@ -26,21 +26,39 @@ class TimestepSampler:
     equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
     ranks make the same n = B * world_size draws and each takes its own share.
 
+    With `antithetic_noise`, example i of a batch and example i + n / 2 are neighbours in t, for the training loop to
+    give them noise of opposite sign (`antithetic_randn`). An example's gradient depends on its noise much as its
+    neighbour's does, most of all on the noise's mean over the image, whatever the images are; in the sum of the two,
+    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even.
+
     Args:
         schedule: the noise schedule.
         loss_weights: [T] the loss weighting on the epsilon-loss; ones by default.
         low_discrepancy: False for independent draws.
+        antithetic_noise: pair the examples of a batch; by default as the class says.
         seed: of the draws; the same on all ranks.
         device: where draws are made and tables live.
     """
 
     corrects_for_density = False
+    antithetic_noise = False
     state_names = ()  # tensors and numbers that a subclass learns: saved, and restored by `load_state_dict`
 
-    def __init__(self, schedule: NoiseSchedule, loss_weights=None, *, low_discrepancy=True, seed=0, device="cpu"):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights=None,
+        *,
+        low_discrepancy=True,
+        antithetic_noise=None,
+        seed=0,
+        device="cpu",
+    ):
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.low_discrepancy = low_discrepancy
+        if antithetic_noise is not None:
+            self.antithetic_noise = antithetic_noise
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
@@ -73,9 +91,17 @@ class TimestepSampler:
             generator = self._generator.manual_seed(fold_seed(self.seed, self.num_draws))
         self.num_draws += 1
         drawn = self._draw(batch_size * world_size, generator)
-        order = torch.rand(len(drawn), generator=generator, device=self.device).argsort()
+        order = self._random_order(len(drawn), generator)
         timesteps = drawn[order[: batch_size * world_size][rank::world_size]]
         return TimestepBatch(timesteps, self._weights[timesteps])
+
+    def _random_order(self, count, generator):
+        """[count] a random permutation; with `antithetic_noise` one that puts 2j and 2j + 1 half a batch apart."""
+        if not self.antithetic_noise:
+            return torch.rand(count, generator=generator, device=self.device).argsort()
+        first = 2 * torch.rand(count // 2, generator=generator, device=self.device).argsort()
+        unpaired = torch.arange(count - count % 2, count, device=self.device)
+        return torch.cat([first, unpaired, first + 1])
 
     def update(self, timesteps, losses):
         """Learn from a step. timesteps: [B] as drawn; losses: [B] unweighted epsilon-losses, detached."""
@@ -130,16 +156,22 @@ class TimestepSampler:
         self._weights = self.weights
 
     def _draw(self, num_draws, generator):
-        """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF."""
+        """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF, in rising order."""
         if self.low_discrepancy:
             offset = torch.rand(1, generator=generator, device=self.device, dtype=torch.float64)
             points = (torch.arange(num_draws, device=self.device) + offset) / num_draws
         else:
-            points = torch.rand(num_draws, generator=generator, device=self.device, dtype=torch.float64)
+            points = torch.rand(num_draws, generator=generator, device=self.device, dtype=torch.float64).sort().values
         return torch.searchsorted(self._cdf, points, right=True).clamp_(max=self.num_train_timesteps - 1)
 
     def _table(self, values):
         return torch.as_tensor(values).to(self.device, torch.float32)
+
+
+def antithetic_randn(batch_size, *shape, **options):
+    """`torch.randn`, in which the second half of the batch is minus the first."""
+    half = torch.randn((batch_size + 1) // 2, *shape, **options)
+    return torch.cat([half, -half])[:batch_size]
 
 
 def fold_seed(seed, counter, stream=0):

@@ -1,7 +1,8 @@
 """Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2.
 
-Each function takes a `NoiseSchedule` and returns [T] float64. A weighting is an objective: what the model should be
-good at. Weights for v- or x_0-prediction are the same ones, on the loss that `epsilon_loss_scale` converts.
+Each function takes a `NoiseSchedule`, `spectral` the data's spectrum too, and returns [T] float64. A weighting is an
+objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the loss that
+`epsilon_loss_scale` converts.
 """
 
 import torch
@@ -52,6 +53,26 @@ def bell(schedule, k=2.0):
     spread = schedule.alphas_cumprod * (1 - schedule.alphas_cumprod)
     mass = -schedule.alphas_cumprod_slope * spread ** (k / 2 - 1)
     return mass / mass.mean()
+
+
+def spectral(schedule, variances):
+    """c_t ∝ dM_t/dt: the share of an image's variance that sampling decides at t. Mean 1.
+
+    M_t = sum_i s_i^2 sigma_t^2 / (s_i^2 + sigma_t^2) is how much of an image's variance x_t leaves open, to the best
+    linear denoiser (Wiener's), for components of variance s_i^2; dM_t is what is decided from t + dt to t.
+
+    It is also what an error of the network at t does to the finished image. An error in eps at component i moves it, by
+    the end of ancestral sampling of Gaussian data (the reverse SDE), by 2 s_i^2 sigma / (s_i^2 + sigma^2) per unit of
+    log sigma; and dM = 2 sum_i (s_i^2 sigma / (s_i^2 + sigma^2))^2 d log sigma. For white data of unit variance it is
+    `bell` with k = 2.
+
+    Args:
+        variances: [K] s_i^2, of `component_variances`.
+    """
+    abar, variances = schedule.alphas_cumprod[:, None], variances[variances > 0].double()
+    undecided = (variances * (1 - abar) / (variances * abar + 1 - abar)).sum(1)
+    decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
+    return decided / decided.mean()
 
 
 def epsilon_loss_scale(schedule, prediction_type):

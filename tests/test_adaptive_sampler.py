@@ -5,7 +5,7 @@ import torch
 from conftest import run_two_ranks
 from test_samplers import adapt, assert_same_state, falling_loss, scheduler, state_bits
 
-from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, make_timestep_sampler
+from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, antithetic_randn, make_timestep_sampler
 
 T = 1000
 
@@ -82,16 +82,18 @@ def test_it_is_uniform_until_warmed_up():
 def test_it_follows_when_the_losses_change():
     before, after = falling_loss(T), falling_loss(T).flip(0)
     sampler = train(adaptive("none"), before, epochs=40)
-    train(sampler, after, epochs=100, seed=1)  # five horizons
+    train(sampler, after, epochs=100, seed=1)
     assert total_variation(sampler.probabilities, optimum(sampler, after)) < 0.04
 
 
-def test_it_forgets_at_the_stated_horizon():
-    """After `horizon` draws per timestep of another loss, 1 / e of the old one is left."""
-    sampler = adaptive("none", horizon=10.0, uniform_fraction=1.0)
-    train(sampler, torch.ones(T), epochs=200)
-    train(sampler, torch.zeros(T), epochs=10)
-    assert float(sampler.expected_loss().mean()) == pytest.approx(0.368, abs=0.03)
+@pytest.mark.parametrize("memory", [0.2, 1.0])
+def test_it_forgets_by_the_fraction_of_the_run(memory):
+    """When the run has grown from n to m draws, (n / m)^(1 + 1 / memory) of what was known is left."""
+    for epochs in (100, 400):
+        sampler = adaptive("none", memory=memory, uniform_fraction=1.0, refresh_every=1)
+        train(sampler, torch.ones(T), epochs=epochs)
+        train(sampler, torch.zeros(T), epochs=epochs // 4)
+        assert float(sampler.expected_loss().mean()) == pytest.approx(0.8 ** (1 + 1 / memory), abs=0.02)
 
 
 @pytest.mark.parametrize("weighting", ["none", "bell", "min_snr"])
@@ -126,6 +128,45 @@ def test_gradients_of_a_model_are_less_noisy_at_the_same_mean():
 def test_a_density_without_a_floor_is_refused(uniform_fraction):
     with pytest.raises(ValueError, match="uniform_fraction"):
         adaptive(uniform_fraction=uniform_fraction)
+
+
+@pytest.mark.parametrize("memory", [0.0, -1.0, float("nan")])
+def test_a_memory_of_nothing_is_refused(memory):
+    with pytest.raises(ValueError, match="memory"):
+        adaptive(memory=memory)
+
+
+# ------------------------------------------------------------------------------------------------------ noise in pairs
+
+
+@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("batch_size", [64, 65])
+def test_halves_of_a_batch_are_neighbours_in_t_and_in_random_order(batch_size, low_discrepancy):
+    sampler = adapt(adaptive(low_discrepancy=low_discrepancy))
+    pairs = batch_size // 2
+    for _ in range(20):
+        timesteps = sampler.sample(batch_size).timesteps
+        first, second = timesteps[:pairs], timesteps[-pairs:]
+        in_order = timesteps[timesteps.argsort()][: 2 * pairs].view(-1, 2)
+        assert torch.equal((first + second).sort().values, in_order.sum(1))
+        assert not torch.equal(first, first.sort().values)
+
+
+def test_pairing_leaves_the_density_alone():
+    paired, single = (adapt(adaptive(antithetic_noise=flag)) for flag in (True, False))
+    for _ in range(5):
+        drawn = [sampler.sample(100).timesteps.sort().values for sampler in (paired, single)]
+        assert float((drawn[0] - drawn[1]).abs().double().mean()) < 10  # two offsets of the same strides
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 7])
+def test_antithetic_noise_is_gaussian_and_opposite(batch_size):
+    noise = antithetic_randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert noise.shape == (batch_size, 3, 64, 64)
+    pairs = batch_size // 2
+    assert torch.equal(noise[:pairs], -noise[batch_size - pairs :])
+    assert len(noise.flatten(1).unique(dim=0)) == batch_size  # and nothing else is repeated
+    assert float(noise[0].std()) == pytest.approx(1, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------- broken losses
@@ -199,7 +240,7 @@ train(sampler, 90)
 out["draws"] = sampler.sample(50).timesteps
 out["state"] = sampler.state_dict()
 
-sampler = fresh(refresh_every=4, horizon=2.0)
+sampler = fresh(refresh_every=4)
 for _ in range(60):  # the ranks' batches differ in size, as at the end of an epoch
     sampler.update(torch.arange(1000)[: 300 - 100 * rank], loss[: 300 - 100 * rank])
 out["uneven"] = sampler.probabilities

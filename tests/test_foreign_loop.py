@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler
 from sklearn.datasets import load_digits
 import samplers
-from samplers import make_timestep_sampler
+from samplers import antithetic_randn, make_timestep_sampler
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ class Net(torch.nn.Module):
 
 net = Net()
 optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-sampler = make_timestep_sampler(noise_scheduler, "adaptive")  # (1)
+sampler = make_timestep_sampler(noise_scheduler, "adaptive", images=images[:64])  # (1)
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def validate():
 before = validate()
 for step in range(240):
     clean = images[torch.randint(len(images), (64,))]
-    noise = torch.randn_like(clean)
+    noise = antithetic_randn(*clean.shape)
     timesteps, weights = sampler.sample(len(clean))  # (2) was: torch.randint(1000, (64,))
     noisy = noise_scheduler.add_noise(clean, noise, timesteps)
     loss = (net(noisy, timesteps) - noise).square().mean((1, 2, 3))

@@ -18,6 +18,7 @@ from samplers import (
     AdaptiveSampler,
     NoiseSchedule,
     UniformSampler,
+    component_variances,
     epsilon_loss_scale,
     fold_seed,
     make_timestep_sampler,
@@ -72,10 +73,20 @@ def adapt(sampler, mean_loss=None):
     return sampler
 
 
+def some_images():
+    return torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def weighting_table(name, schedule):
+    data = [component_variances(some_images())] if name == "spectral" else []
+    return LOSS_WEIGHTINGS[name](schedule, *data)
+
+
 def make(name, schedule="linear", T=1000, weighting=None, **options):
     """A sampler as it is in mid-training: the adaptive one has adapted."""
     weighting = weighting or WEIGHTING_OF[name]
     noise_scheduler = scheduler(schedule, T)
+    options = {"images": some_images(), **options}
     return adapt(make_timestep_sampler(noise_scheduler, timestep_sampler=name, loss_weighting=weighting, **options))
 
 
@@ -183,10 +194,10 @@ def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_published_methods_are_built_by_name(method):
-    sampler = make_timestep_sampler(scheduler(), method)
+    sampler = make_timestep_sampler(scheduler(), method, images=some_images())
     name, weighting = METHODS[method]
     assert type(sampler) is TIMESTEP_SAMPLERS[name]
-    assert torch.allclose(sampler.loss_weights.double(), LOSS_WEIGHTINGS[weighting](tables()))
+    assert torch.allclose(sampler.loss_weights.double(), weighting_table(weighting, tables()))
 
 
 @pytest.mark.parametrize("kind", ["method", "timestep_sampler", "loss_weighting"])
@@ -212,7 +223,7 @@ def test_speed_refuses_a_schedule_that_hardly_adds_noise():
 def test_weights_beyond_float32_are_refused_by_name(method):
     almost_no_signal = DDPMScheduler(num_train_timesteps=10000)  # abar_T = 3e-44: EDM's weight is 1e44
     try:
-        sampler = make_timestep_sampler(almost_no_signal, method)
+        sampler = make_timestep_sampler(almost_no_signal, method, images=some_images())
     except ValueError as error:
         assert any(name in str(error) for name in METHODS[method])  # noqa: PT017
     else:
@@ -347,7 +358,7 @@ def test_importance_sampling_is_unbiased_for_every_table(weighting, schedule, T)
         assert not torch.allclose(sampler.probabilities, torch.tensor(1 / T), rtol=0.01)  # it has adapted
         table = torch.rand(T, generator=torch.Generator().manual_seed(0)).double()
         p, w = sampler.probabilities.double(), sampler.weights.double()
-        c = LOSS_WEIGHTINGS[weighting](tables(schedule, T))
+        c = weighting_table(weighting, tables(schedule, T))
         assert float((p * w * table).sum()) == pytest.approx(float((c * table).mean()), rel=1e-5)
 
 
@@ -392,7 +403,7 @@ def test_reloaded_it_goes_on_with_the_very_same_draws(name, steps, tmp_path):
         return sampler
 
     def fresh(seed):
-        return make_timestep_sampler(scheduler(), timestep_sampler=name, seed=seed)
+        return make_timestep_sampler(scheduler(), timestep_sampler=name, images=some_images(), seed=seed)
 
     saved = train(adapt(fresh(5)) if steps else fresh(5), steps)
     torch.save(saved.state_dict(), tmp_path / "sampler.pt")

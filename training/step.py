@@ -3,7 +3,7 @@
 import torch
 
 from image_data import normalize
-from samplers import fold_seed
+from samplers import antithetic_randn, fold_seed
 
 from .ema import whole
 from .models import epsilon_losses, epsilon_scale_of
@@ -56,13 +56,13 @@ class TrainingStep:
         images = normalize(images, flips if self.random_flip else None)
         drawn = self.sampler.sample(len(images), images=images)
         self.sampler.before_update(images, self._denoising_loss)
+        noise = self._draw_shared(antithetic_randn if self.sampler.antithetic_noise else torch.randn, images.shape)
         step_losses = []
         for part in range(accelerator.gradient_accumulation_steps):
             share = slice(part, None, accelerator.gradient_accumulation_steps)
             clean_images, timesteps, weights = images[share], drawn.timesteps[share], drawn.weights[share]
-            noise = self._draw_shared(torch.randn, clean_images.shape)
             with accelerator.accumulate(self.unet):
-                losses = self._epsilon_losses(clean_images, timesteps, noise)
+                losses = self._epsilon_losses(clean_images, timesteps, noise[share])
                 accelerator.backward((weights * losses).mean())
                 step_losses.append(losses.detach())
                 self.meter.add_losses(timesteps, losses.detach(), weights)
