@@ -319,7 +319,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 bad[i] = str(error)
         raise _bad_images_error(self.name, bad, len(self))
 
-    def sample(self, count):
+    def sample(self, count=512):
         """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
         spacing = max(len(self) / count, 1)
         return normalize(torch.stack([self[int(i * spacing)] for i in range(min(count, len(self)))]))

@@ -54,8 +54,6 @@ from training.stopping import Interval, NonFiniteGuard, StopCondition
 
 logger = logging.getLogger(__name__)
 
-SPECTRUM_IMAGES = 512  # of the training data, that the weighting `spectral` looks at
-
 
 @dataclass
 class TrainingOptions:
@@ -274,7 +272,7 @@ def main(options):
             options.method,
             timestep_sampler=options.timestep_sampler,
             loss_weighting=options.loss_weighting,
-            images=dataset.sample(SPECTRUM_IMAGES) if weighting == "spectral" else None,
+            images=dataset.sample() if weighting == "spectral" else None,
             low_discrepancy=options.low_discrepancy,
             seed=options.seed,
             device=device,

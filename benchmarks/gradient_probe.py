@@ -7,8 +7,9 @@ At the centre of each of K bins of timesteps, the gradient of single examples' e
 G_t = E|grad l_t|^2, in Adam's metric (each coordinate divided by the root of its mean square over all timesteps, which
 is what Adam's second moment becomes when gradients are mostly noise) and plainly; against sqrt(E[l_t]), its free
 proxy. From these, for each objective c, the variance of the gradient estimate, sum_t c_t^2 G_t / p_t, of each density
-over that of the best one, p_t ∝ c_t sqrt(G_t). Further, the cosine of the gradients of two examples that share their
-image, with opposite or independent noise: below zero, a pair is less noisy than two examples.
+over that of the best one, p_t ∝ c_t sqrt(G_t). Further, the cosine of the gradients of two examples whose images and
+noises are related in one of several ways (`PARTNERS`): where it is below that of unrelated ones, a pair is less noisy
+than two examples.
 """
 
 import sys
@@ -23,12 +24,13 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_data import normalize, open_images
-from samplers import LOSS_WEIGHTINGS, NoiseSchedule, fold_seed
+from samplers import LOSS_WEIGHTINGS, NoiseSchedule, component_variances, fold_seed
 from training.metrics import device_name
 from training.models import epsilon_losses, epsilon_scale_of
 from training.saving import write_json
 
-OBJECTIVES = ("none", "min_snr", "p2", "bell")
+FIXED_OBJECTIVES = ("none", "min_snr", "p2", "bell")
+PARTNERS = ("-eps, same image", "-eps", "-mean(eps)", "eps", "unrelated")  # noise of the second; another image
 
 
 @dataclass
@@ -50,6 +52,8 @@ def main(options):
     dataset = open_images(options.dataset_name, resolution=unet.config.sample_size)
     T = schedule.num_train_timesteps
     timesteps = [(2 * i + 1) * T // (2 * options.num_bins) for i in range(options.num_bins)]
+    objectives = {name: LOSS_WEIGHTINGS[name](schedule) for name in FIXED_OBJECTIVES}
+    objectives["spectral"] = LOSS_WEIGHTINGS["spectral"](schedule, component_variances(dataset.sample()))
     bins = [partial(example_gradients, pipeline, dataset, t, options) for t in timesteps]
 
     mean_square = sum(measure()[1].square().flatten(0, 1).mean(0) for measure in tqdm(bins, unit="bin")) / len(bins)
@@ -66,7 +70,7 @@ def main(options):
     for name in metrics:
         table = {key: [bin[key] for bin in moments[name]] for key in moments[name][0]}
         G = torch.tensor(table["second_moment"])
-        table["relative_variance"] = relative_variances(G, losses.cpu(), schedule, timesteps)
+        table["relative_variance"] = relative_variances(G, losses.cpu(), objectives, timesteps)
         results["metrics"][name] = table
     results |= {"pipeline": options.pipeline, "examples": options.examples}
     results["device"] = device_name(torch.device(options.device))
@@ -76,42 +80,47 @@ def main(options):
 
 
 def example_gradients(pipeline, dataset, t, options):
-    """Losses [N] and gradients [N, 3, P] of N images at timestep t, under noise eps, -eps and eps'."""
+    """Losses [N] and gradients [N, 1 + len(PARTNERS), P] at timestep t, of N examples and the partners of each."""
     unet, scheduler, device = pipeline.unet.eval(), pipeline.scheduler, options.device
     scale, timestep = epsilon_scale_of(scheduler, device), torch.tensor([t], device=device)
     generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
     parameters = list(unet.parameters())
     losses, gradients = [], []
-    for i in torch.randint(len(dataset), (options.examples,), generator=generator).tolist():
-        image = normalize(dataset[i][None].to(device))
+    for pair in torch.randint(len(dataset), (options.examples, 2), generator=generator).tolist():
+        image, other_image = (normalize(dataset[i][None].to(device)) for i in pair)
         noise, other_noise = torch.randn(2, *image.shape, generator=generator).to(device)
-        for eps in (noise, -noise, other_noise):
-            loss = epsilon_losses(unet, scheduler, image, eps, timestep, scale)[0]
+        mean, other_mean = (eps.mean((2, 3), keepdim=True) for eps in (noise, other_noise))
+        partners = (-noise, -noise, other_noise - other_mean - mean, noise, other_noise)
+        images = (image, image, *(len(PARTNERS) - 1) * [other_image])
+        for x, eps in zip(images, (noise, *partners), strict=True):
+            loss = epsilon_losses(unet, scheduler, x, eps, timestep, scale)[0]
             losses.append(loss.detach())
             gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
-    return torch.stack(losses).view(-1, 3)[:, 0], torch.stack(gradients).view(len(losses) // 3, 3, -1)
+    shape = (options.examples, 1 + len(PARTNERS), -1)
+    return torch.stack(losses).view(shape[:2])[:, 0], torch.stack(gradients).view(shape)
 
 
 def moments_of(gradients):
-    """Means over the N examples of gradients [N, 3, P] in some metric."""
-    first, opposite, independent = gradients.unbind(1)
+    """Means over the N examples of gradients [N, 1 + len(PARTNERS), P] in some metric."""
+    first = gradients[:, 0]
     n = len(first)
     second_moment = first.square().sum(-1).mean()  # G_t
+    products = (first[:, None] * gradients[:, 1:]).sum(-1).mean(0)
+    norms = gradients[:, 1:].square().sum(-1).mean(0).sqrt() * second_moment.sqrt()
     return {
         "second_moment": second_moment.item(),
         # |E[g]|^2 without the bias of noise: the mean product of two different examples' gradients
         "mean_square": ((first.sum(0).square().sum() - n * second_moment) / (n * (n - 1))).item(),
-        "cosine_of_opposite_noise": ((first * opposite).sum(-1).mean() / second_moment).item(),
-        "cosine_of_independent_noise": ((first * independent).sum(-1).mean() / second_moment).item(),
+        **{f"cosine of {name}": value for name, value in zip(PARTNERS, (products / norms).tolist(), strict=True)},
     }
 
 
-def relative_variances(second_moment, losses, schedule, timesteps):
-    """{objective: {density: variance of the gradient over the least there is}}; losses: [K, N]."""
+def relative_variances(second_moment, losses, objectives, timesteps):
+    """{objective: {density: variance of the gradient over the least}}; losses: [K, N]; objectives: {name: [T]}."""
     expected_loss, second_loss = losses.mean(1), losses.square().mean(1)
     result = {}
-    for name in OBJECTIVES:
-        c = LOSS_WEIGHTINGS[name](schedule)[timesteps].float()
+    for name, c in objectives.items():
+        c = c[timesteps].float()
         densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * expected_loss.sqrt()}
         densities["root_mean_square_loss"] = c * second_loss.sqrt()
         least = (c * second_moment.sqrt()).sum().square()
@@ -122,8 +131,8 @@ def relative_variances(second_moment, losses, schedule, timesteps):
 
 def print_table(results):
     adam = results["metrics"]["adam"]
-    print("   t   sqrt(L)  sqrt(G)  |E g|^2/G  cos(-eps)  cos(eps')")
-    columns = ("second_moment", "mean_square", "cosine_of_opposite_noise", "cosine_of_independent_noise")
+    print("   t   sqrt(L)  sqrt(G)  |E g|^2/G   cosine of: " + ", ".join(PARTNERS))
+    columns = ("second_moment", "mean_square", *(f"cosine of {name}" for name in PARTNERS))
     for t, loss, G, mean_square, *cosines in zip(
         results["timesteps"], results["loss"], *(adam[name] for name in columns), strict=True
     ):

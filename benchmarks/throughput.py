@@ -126,7 +126,7 @@ def our_step(accelerator, dataset, options):
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
     sampler = make_timestep_sampler(
-        noise_scheduler, options.method, images=dataset.sample(64), seed=options.seed, device=device
+        noise_scheduler, options.method, images=dataset.sample(), seed=options.seed, device=device
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)

@@ -14,7 +14,7 @@ import swap_test
 import throughput
 
 from recipes import parse_options
-from samplers import METHODS, NoiseSchedule
+from samplers import LOSS_WEIGHTINGS, METHODS, NoiseSchedule
 
 T = 100
 
@@ -32,17 +32,19 @@ def pipelines(tmp_path):
 
 
 def test_moments_of_gradients_with_a_known_mean():
+    """A partner of c times the same noise, plus other noise: its cosine is (|mean|^2 + 5c) / (|mean|^2 + 5)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20_000, 2, 5, generator=generator)
     own, other = noise.unbind(1)
     mean = torch.arange(5.0)
-    gradients = mean + torch.stack([own, -own, 0.6 * own + 0.8 * other], 1)
-    moments = gradient_probe.moments_of(gradients)
+    shared = dict(zip(gradient_probe.PARTNERS, (-1.0, -0.8, -0.6, 0.6, 0.0), strict=True))
+    partners = [c * own + (1 - c * c) ** 0.5 * other for c in shared.values()]
+    moments = gradient_probe.moments_of(mean + torch.stack([own, *partners], 1))
     square = float(mean.square().sum())
     assert moments["second_moment"] == pytest.approx(square + 5, rel=0.02)
     assert moments["mean_square"] == pytest.approx(square, rel=0.02)
-    assert moments["cosine_of_opposite_noise"] == pytest.approx((square - 5) / (square + 5), abs=0.02)
-    assert moments["cosine_of_independent_noise"] == pytest.approx((square + 3) / (square + 5), abs=0.02)
+    for name, c in shared.items():
+        assert moments[f"cosine of {name}"] == pytest.approx((square + 5 * c) / (square + 5), abs=0.02), name
 
 
 def test_the_best_density_has_a_relative_variance_of_one():
@@ -50,8 +52,9 @@ def test_the_best_density_has_a_relative_variance_of_one():
     schedule = NoiseSchedule.from_scheduler(DDPMScheduler(num_train_timesteps=T))
     timesteps = list(range(5, T, 10))
     losses = torch.exp(-torch.arange(10.0))[:, None].expand(10, 4)
-    ratios = gradient_probe.relative_variances(7 * losses.mean(1), losses, schedule, timesteps)
-    assert set(ratios) == set(gradient_probe.OBJECTIVES)
+    objectives = {name: LOSS_WEIGHTINGS[name](schedule) for name in gradient_probe.FIXED_OBJECTIVES}
+    ratios = gradient_probe.relative_variances(7 * losses.mean(1), losses, objectives, timesteps)
+    assert set(ratios) == set(objectives)
     for name, ratio in ratios.items():
         assert ratio["root_mean_loss"] == pytest.approx(1, rel=1e-5), name
     root = losses[:, 0].sqrt()
