@@ -21,7 +21,7 @@ def component_variances(images, batch_size=64):
     if images.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
     N, C, H, W = images.shape
-    mean = images.double().mean(0).cpu()
+    mean = images.mean(0, dtype=torch.float64).cpu()
     covariances = torch.zeros(H, W, C, C, dtype=torch.complex128)
     for some in images.split(batch_size):
         spectra = torch.fft.fft2(some.double().cpu() - mean, norm="ortho")

@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import gradient_probe
+import run_costs
 import swap_test
 import throughput
 
@@ -117,3 +118,17 @@ def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
         assert rates["ours_over_diffusers"]["median"] == pytest.approx(ratio, rel=1e-6)
     assert set(results["sampler_milliseconds"]) == set(METHODS)
     assert 0 < results["arithmetic"]["fraction"] < 1
+
+
+def test_the_run_costs_benchmark_runs(tmp_path):
+    flags = ["--resolution", 8, "--unet", json.dumps(TINY_UNET), "--train_batch_size", 4, "--ddpm_num_steps", 20]
+    own = ["--num_processes", 2, "--steps", 2, "--repeats", 1, "--output_json", tmp_path / "costs.json"]
+    run_costs.main([str(part) for part in [*own, "--", *flags]])
+    (costs,) = json.loads((tmp_path / "costs.json").read_text())["processes"].values()
+    assert set(costs) == {"images_per_second", "start_up_seconds", "save_seconds"}
+    assert all(row["min"] > 0 for row in costs.values())
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--num_processes 3: must divide"):
+        run_costs.main(["--num_processes", "3", "--output_json", "x.json", "--", "--train_batch_size", "4"])

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch_fidelity
@@ -158,6 +160,32 @@ def launch_two_processes(folder, *flags):
     return folder
 
 
+def record_draws(path, script):
+    """Keep the timesteps and the noise of every batch that goes through the network."""
+    original, batches = training_step.epsilon_losses, []
+
+    def recording(unet, noise_scheduler, images, noise, timesteps, *args):
+        batches.append((timesteps, noise))
+        torch.save(batches, path)
+        return original(unet, noise_scheduler, images, noise, timesteps, *args)
+
+    training_step.epsilon_losses = recording
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("method", "paired"), [("adaptive", True), ("ddpm", False)])
+def test_neighbours_in_t_get_opposite_noise_where_the_sampler_says_so(train, tmp_path, method, paired, parts):
+    flags = ("--method", method, "--train_batch_size", 32 // parts, "--gradient_accumulation_steps", parts)
+    train("run", *flags, "--max_train_steps", 3, tamper=partial(record_draws, tmp_path / "draws.pt")).wait()
+    batches = torch.load(tmp_path / "draws.pt")
+    for step in range(3):
+        step_parts = batches[step * parts : (step + 1) * parts]
+        timesteps, noise = (torch.stack(part, 1).flatten(0, 1) for part in zip(*step_parts, strict=True))
+        assert torch.equal(noise[:16], -noise[16:]) == paired
+        near = float((timesteps[:16] - timesteps[16:]).abs().double().mean())
+        assert (near <= 1000 / 32 + 1) == paired
+
+
 @pytest.mark.parametrize("sampler", ["adaptive", "speed"])
 def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
     """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
@@ -181,10 +209,13 @@ def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
         assert ours["images"] == theirs["images"]
 
 
-def test_compiled_training_matches_eager(train):
-    flags = (*SMOOTH, "--max_train_steps", 12)
+def test_fifty_compiled_steps_match_eager_ones(train):
+    flags = (*SMOOTH, *ADAPTING, "--max_train_steps", 50)
     eager, compiled = train("eager", *flags).wait(), train("compiled", *flags, "--compile").wait()
     assert distance(weights(compiled.folder), weights(eager.folder)) < 1e-4
+    for name in ("loss", "density", "weight"):
+        curves = [np.array([record[name] for record in run.metrics]) for run in (compiled, eager)]
+        np.testing.assert_allclose(*curves, rtol=1e-3, err_msg=name)
     assert "warm_up" in json.loads((compiled.folder / "training_summary.json").read_text())["seconds"]
 
 
