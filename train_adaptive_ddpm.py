@@ -391,7 +391,7 @@ def main(options):
     if options.compile or device.type == "cuda":
         with clock.phase("warm_up"):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
-            warm_up(accelerator, unet, image_shape, options.train_batch_size)
+            warm_up(accelerator, unet, image_shape, options.train_batch_size, measured=sampler.measures_model)
 
     log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)

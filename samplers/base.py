@@ -42,6 +42,7 @@ class TimestepSampler:
 
     corrects_for_density = False
     antithetic_noise = False
+    measures_model = False  # whether `before_update` and `after_update` run the network, without gradients
     state_names = ()  # tensors and numbers that a subclass learns: saved, and restored by `load_state_dict`
 
     def __init__(

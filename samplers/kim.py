@@ -53,6 +53,7 @@ class KimSampler(TimestepSampler):
         max_grad_norm: of phi's gradient.
     """
 
+    measures_model = True
     state_names = (
         "channels", "policy", "moments", "policy_steps", "falls", "num_falls", "selected", "updates",
     )  # fmt: skip
@@ -139,7 +140,8 @@ class KimSampler(TimestepSampler):
         generator = self._stream(self.updates, 16 + world_size + rank)
         at_selected = torch.stack([terms(images, t.expand(len(images)), generator) for t in self.selected], 1)
         everywhere = torch.zeros(T, device=self.device)
-        own = torch.arange(math.ceil(T / world_size), device=self.device) * world_size + rank  # as many on each process
+        batches = math.ceil(T / (world_size * len(images)))  # as many on each process, and all of the batch's size
+        own = torch.arange(batches * len(images), device=self.device) * world_size + rank
         for timesteps in own.split(len(images)):
             inside = timesteps.clamp(max=T - 1)
             values = terms(one.expand(len(timesteps), *one.shape[1:]), inside, generator)
