@@ -28,7 +28,7 @@ from training.metrics import device_name, library_versions
 from training.saving import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FIXED = ["--eval_batch_size", "0", "--logger", "none", "--save_images_epochs", "0"]
+FIXED = ["--eval_batch_size", "0", "--logger", "none"]
 
 
 @dataclass

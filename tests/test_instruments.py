@@ -122,6 +122,7 @@ def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
 
 def test_the_run_costs_benchmark_runs(tmp_path):
     flags = ["--resolution", 8, "--unet", json.dumps(TINY_UNET), "--train_batch_size", 4, "--ddpm_num_steps", 20]
+    flags += ["--ddpm_num_inference_steps", 2]
     own = ["--num_processes", 2, "--steps", 2, "--repeats", 1, "--output_json", tmp_path / "costs.json"]
     run_costs.main([str(part) for part in [*own, "--", *flags]])
     (costs,) = json.loads((tmp_path / "costs.json").read_text())["processes"].values()
