@@ -14,15 +14,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from sampling import interleaved, summary
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sampling import summary
-from tqdm.auto import tqdm
-
 from train_adaptive_ddpm import command_line
 from training.metrics import device_name, library_versions
 from training.saving import write_json
@@ -51,12 +51,9 @@ def main(argv):
     for processes in options.num_processes:
         if batch_size % processes:
             raise SystemExit(f"--num_processes {processes}: must divide the --train_batch_size, {batch_size}")
-    runs = {processes: [] for processes in options.num_processes}
-    for repeat in tqdm(range(-1, options.repeats), unit="round"):
-        for processes in sorted(runs, reverse=repeat % 2 == 1):
-            costs = run(processes, batch_size, flags, options.steps)
-            if repeat >= 0:
-                runs[processes].append(costs)
+    with tqdm(total=(1 + options.repeats) * len(options.num_processes), unit="run") as progress:
+        launches = {n: partial(run, n, batch_size, flags, options.steps, progress) for n in options.num_processes}
+        runs = interleaved(launches, options.repeats)
     table = {
         str(processes): {key: summary([costs[key] for costs in rounds]) for key in rounds[0]}
         for processes, rounds in runs.items()
@@ -70,8 +67,8 @@ def main(argv):
             print(f"{processes} processes, {key:20} {row['median']:9.2f} ({row['min']:.2f} to {row['max']:.2f})")
 
 
-def run(processes, batch_size, flags, steps):
-    """{"images_per_second", "start_up_seconds", "save_seconds"} of one run."""
+def run(processes, batch_size, flags, steps, progress):
+    """{"images_per_second", "start_up_seconds", "save_seconds"} of one run, a step of the progress bar."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", REPOSITORY / "accelerate_configs" / "cpu.yaml", "--num_processes", processes]
@@ -85,6 +82,7 @@ def run(processes, batch_size, flags, steps):
         if done.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
         told = json.loads(Path(folder, "run", "training_summary.json").read_text())
+    progress.update()
     spent = told["seconds"]
     return {
         "images_per_second": told["images"] / spent["train"],

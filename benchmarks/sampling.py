@@ -11,8 +11,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -85,18 +86,28 @@ def build_pipeline(args: BenchmarkArguments) -> DDPMPipeline:
     return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler())
 
 
-def time_interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call; one untimed round, then `repeats` rounds that take turns in who goes first."""
-    seconds = {name: [] for name in functions}
+def interleaved(functions: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, list]:
+    """What each call returned; one round that is left out, then `repeats` rounds that take turns in who goes first."""
+    results = {name: [] for name in functions}
     for repeat in range(-1, repeats):
         for name in sorted(functions, reverse=repeat % 2 == 1):
-            synchronize()
-            start = time.perf_counter()
-            functions[name]()
-            synchronize()
+            result = functions[name]()
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                results[name].append(result)
+    return results
+
+
+def time_interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, `interleaved`."""
+    return interleaved({name: partial(seconds_of, function) for name, function in functions.items()}, repeats)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def synchronize() -> None:

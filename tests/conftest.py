@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it gives
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the network would fail at once
@@ -130,6 +131,14 @@ def run_two_ranks(folder, source, *args):
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def results_of_two_ranks(tmp_path_factory, source, loss):
+    """What each of two gloo processes leaves that run Python source on a folder with `loss` in it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(loss, folder / "loss.pt")
+    run_two_ranks(folder, source, folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture

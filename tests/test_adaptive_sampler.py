@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_two_ranks
+from conftest import results_of_two_ranks
 from test_samplers import adapt, assert_same_state, falling_loss, scheduler, state_bits
 
 from samplers import TIMESTEP_SAMPLERS, NoiseSchedule, antithetic_randn, make_timestep_sampler
@@ -271,10 +271,7 @@ def schedule_of_worker():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two gloo processes saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.save((falling_loss(T) * 256).round() / 256, folder / "loss.pt")
-    run_two_ranks(folder, WORKER, folder)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return results_of_two_ranks(tmp_path_factory, WORKER, (falling_loss(T) * 256).round() / 256)
 
 
 @pytest.mark.parametrize("low_discrepancy", [True, False])

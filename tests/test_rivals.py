@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_two_ranks
+from conftest import results_of_two_ranks
 from scipy import stats
 from sklearn.feature_selection import SelectKBest, f_regression
 from test_adaptive_sampler import total_variation, uniform_density
@@ -655,10 +655,7 @@ torch.save(out, f"{folder}/rank{rank}.pt")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two gloo processes saw."""
-    folder = tmp_path_factory.mktemp("rivals")
-    torch.save((falling_loss(T) * 256).round() / 256, folder / "loss.pt")
-    run_two_ranks(folder, WORKER, folder)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return results_of_two_ranks(tmp_path_factory, WORKER, (falling_loss(T) * 256).round() / 256)
 
 
 @pytest.mark.parametrize("name", RIVALS)
