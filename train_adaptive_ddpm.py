@@ -26,9 +26,11 @@ from image_data import BadImage, open_images, training_batches
 from pipelines import UnconditionalPipeline, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
+    ERROR_FILTERS,
     LOSS_WEIGHTINGS,
     METHODS,
     TIMESTEP_SAMPLERS,
+    Method,
     NoiseSchedule,
     fold_seed,
     make_timestep_sampler,
@@ -93,9 +95,10 @@ class TrainingOptions:
     ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
 
     # Method
-    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="A named pair of the two below.")
+    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The three below, by name.")
     timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
     loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
+    error_filter: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(ERROR_FILTERS)}.")
     timestep_sampler_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Keyword arguments of the sampler's class, JSON."}
     )
@@ -182,7 +185,11 @@ class TrainingOptions:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: must not exceed --ddpm_num_steps ({self.ddpm_num_steps})"
                 )
-        for name, registry in (("timestep_sampler", TIMESTEP_SAMPLERS), ("loss_weighting", LOSS_WEIGHTINGS)):
+        for name, registry in (
+            ("timestep_sampler", TIMESTEP_SAMPLERS),
+            ("loss_weighting", LOSS_WEIGHTINGS),
+            ("error_filter", ERROR_FILTERS),
+        ):
             if getattr(self, name) is not None and getattr(self, name) not in registry:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
         if (
@@ -266,13 +273,12 @@ def main(options):
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
 
         # Timesteps: which to train on, and how much each example counts
-        _, weighting = resolve_method(options.method, options.timestep_sampler, options.loss_weighting)
+        replacements = {name: getattr(options, name) for name in Method._fields}
         sampler = make_timestep_sampler(
             schedule,
             options.method,
-            timestep_sampler=options.timestep_sampler,
-            loss_weighting=options.loss_weighting,
-            images=dataset.sample() if weighting == "spectral" else None,
+            **replacements,
+            images=dataset.sample() if resolve_method(options.method, **replacements).needs_images else None,
             low_discrepancy=options.low_discrepancy,
             seed=options.seed,
             device=device,

@@ -3,7 +3,7 @@
     python benchmarks/gradient_probe.py --pipeline runs/cifar10_small --dataset_name uoft-cs/cifar10 \\
         --output_json probe.json
 
-At the centre of each of K bins of timesteps, the gradient of single examples' epsilon-losses: their second moment
+At the centre of each of K bins of timesteps, the gradient of single examples' losses: their second moment
 G_t = E|grad l_t|^2, in Adam's metric (each coordinate divided by the root of its mean square over all timesteps, which
 is what Adam's second moment becomes when gradients are mostly noise) and plainly; against sqrt(E[l_t]), its free
 proxy. From these, for each objective c, the variance of the gradient estimate, sum_t c_t^2 G_t / p_t, of each density
@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DDPMPipeline
@@ -24,12 +25,12 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_data import normalize, open_images
-from samplers import LOSS_WEIGHTINGS, NoiseSchedule, component_variances, fold_seed
+from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed, mean_squares
 from training.metrics import device_name
-from training.models import epsilon_losses, epsilon_scale_of
+from training.models import epsilon_errors, epsilon_scale_of
 from training.saving import write_json
 
-FIXED_OBJECTIVES = ("none", "min_snr", "p2", "bell")
+OBJECTIVES = ("none", "min_snr", "p2", "bell", "spectral")
 PARTNERS = ("-eps, same image", "-eps", "-mean(eps)", "eps", "unrelated")  # noise of the second; another image
 
 
@@ -42,6 +43,7 @@ class ProbeOptions:
     dataset_name: str = field(default="digits", metadata={"help": "As in training."})
     num_bins: int = field(default=20, metadata={"help": "K, bins of timesteps."})
     examples: int = field(default=24, metadata={"help": "Images a bin."})
+    error_filter: Literal[tuple(ERROR_FILTERS)] = field(default="none", metadata={"help": "As in training."})
     seed: int = 0
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,9 +54,11 @@ def main(options):
     dataset = open_images(options.dataset_name, resolution=unet.config.sample_size)
     T = schedule.num_train_timesteps
     timesteps = [(2 * i + 1) * T // (2 * options.num_bins) for i in range(options.num_bins)]
-    objectives = {name: LOSS_WEIGHTINGS[name](schedule) for name in FIXED_OBJECTIVES}
-    objectives["spectral"] = LOSS_WEIGHTINGS["spectral"](schedule, component_variances(dataset.sample()))
-    bins = [partial(example_gradients, pipeline, dataset, t, options) for t in timesteps]
+    spectrum = Spectrum.of(dataset.sample())
+    objectives = {name: checked_weights(name, schedule, spectrum) for name in OBJECTIVES}
+    make_filter = ERROR_FILTERS[options.error_filter]
+    loss_of = make_filter(schedule, spectrum, device=options.device) if make_filter else mean_squares
+    bins = [partial(example_gradients, pipeline, loss_of, dataset, t, options) for t in timesteps]
 
     mean_square = sum(measure()[1].square().flatten(0, 1).mean(0) for measure in tqdm(bins, unit="bin")) / len(bins)
     metrics = {"adam": mean_square.sqrt() + 1e-8, "plain": torch.ones_like(mean_square)}
@@ -79,7 +83,7 @@ def main(options):
     print_table(results)
 
 
-def example_gradients(pipeline, dataset, t, options):
+def example_gradients(pipeline, loss_of, dataset, t, options):
     """Losses [N] and gradients [N, 1 + len(PARTNERS), P] at timestep t, of N examples and the partners of each."""
     unet, scheduler, device = pipeline.unet.eval(), pipeline.scheduler, options.device
     scale, timestep = epsilon_scale_of(scheduler, device), torch.tensor([t], device=device)
@@ -93,7 +97,7 @@ def example_gradients(pipeline, dataset, t, options):
         partners = (-noise, -noise, other_noise - other_mean - mean, noise, other_noise)
         images = (image, image, *(len(PARTNERS) - 1) * [other_image])
         for x, eps in zip(images, (noise, *partners), strict=True):
-            loss = epsilon_losses(unet, scheduler, x, eps, timestep, scale)[0]
+            loss = loss_of(epsilon_errors(unet, scheduler, x, eps, timestep, scale), timestep)[0]
             losses.append(loss.detach())
             gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
     shape = (options.examples, 1 + len(PARTNERS), -1)
@@ -120,7 +124,7 @@ def relative_variances(second_moment, losses, objectives, timesteps):
     expected_loss, second_loss = losses.mean(1), losses.square().mean(1)
     result = {}
     for name, c in objectives.items():
-        c = c[timesteps].float()
+        c = c[timesteps]
         densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * expected_loss.sqrt()}
         densities["root_mean_square_loss"] = c * second_loss.sqrt()
         least = (c * second_moment.sqrt()).sum().square()

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samplers import fold_seed, make_timestep_sampler
 from training.metrics import by_bin
-from training.models import epsilon_losses, epsilon_scale_of
+from training.models import epsilon_errors, epsilon_scale_of
 
 
 @dataclass
@@ -93,9 +93,9 @@ def train(method, options, images, moments, args):
     def denoising_loss(images, timesteps, noise):
         unet.eval()
         with torch.no_grad():
-            losses = epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
+            errors = epsilon_errors(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
         unet.train()
-        return losses
+        return sampler.losses(errors, timesteps)
 
     tables, drawn = {}, []
     for step in range(1, args.steps + 1):
@@ -104,7 +104,8 @@ def train(method, options, images, moments, args):
         noise = torch.randn(clean.shape, generator=generator)
         timesteps, weights = sampler.sample(len(clean), images=clean)
         sampler.before_update(clean, denoising_loss)
-        losses = epsilon_losses(unet, noise_scheduler, clean, noise, timesteps, epsilon_scale)
+        errors = epsilon_errors(unet, noise_scheduler, clean, noise, timesteps, epsilon_scale)
+        losses = sampler.losses(errors, timesteps)
         (weights * losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

@@ -25,7 +25,7 @@ from image_data import normalize, open_images
 from samplers import NoiseSchedule, fold_seed
 from training.evaluation import Evaluator
 from training.metrics import device_name
-from training.models import epsilon_losses, epsilon_scale_of
+from training.models import epsilon_errors, epsilon_scale_of
 from training.saving import write_json
 
 
@@ -107,7 +107,8 @@ def probe_losses(pipeline, dataset, options):
         images = normalize(torch.stack([dataset[i] for i in chosen]))
         noise = torch.randn(images.shape, generator=generator).to(device)
         timesteps = torch.full((options.probe_images,), t, device=device)
-        losses.append(epsilon_losses(pipeline.unet, scheduler, images.to(device), noise, timesteps, scale).mean())
+        errors = epsilon_errors(pipeline.unet, scheduler, images.to(device), noise, timesteps, scale)
+        losses.append(errors.square().mean())
     return torch.stack(losses).cpu()
 
 

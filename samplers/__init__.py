@@ -1,18 +1,22 @@
 """Which timesteps to train on, and how much each one counts.
 
-A method is a pair: a timestep sampler (the density p_t) and a loss weighting (the objective c_t).
+A method is a timestep sampler (the density p_t), a loss weighting (c_t: what a timestep counts in the objective) and an
+error filter (what an error counts within its timestep).
 
     sampler = make_timestep_sampler(noise_scheduler, "adaptive", images=some_training_images, device=device)
     timesteps, weights = sampler.sample(batch_size)
-    ...                                             # loss: [batch_size], |eps - eps_theta|^2, mean over pixels
-    sampler.update(timesteps, loss.detach())
-    (weights * loss).mean().backward()
+    ...                                             # errors: [batch_size, C, H, W], eps_theta - eps
+    losses = sampler.losses(errors, timesteps)
+    sampler.update(timesteps, losses.detach())
+    (weights * losses).mean().backward()
 """
+
+from typing import NamedTuple
 
 from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
-from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed
+from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares
 from .clts import CLTSSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
@@ -20,11 +24,12 @@ from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
 from .schedule import NoiseSchedule
-from .spectrum import component_variances
+from .spectrum import Spectrum
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
 from .weightings import epsilon_loss_scale
+from .wiener import WienerFilter
 
 TIMESTEP_SAMPLERS = {
     "uniform": UniformSampler,
@@ -44,23 +49,40 @@ LOSS_WEIGHTINGS = {
     name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
 }
 
-METHODS = {  # name: (timestep sampler, loss weighting), as published
-    "ddpm": ("uniform", "none"),
-    "min_snr": ("uniform", "min_snr"),
-    "p2": ("uniform", "p2"),
-    "speed": ("speed", "change_aware"),
-    "edm": ("log_normal", "edm"),
-    "logit_normal": ("logit_normal", "none"),
-    "clts": ("clts", "none"),
-    "loss_second_moment": ("loss_second_moment", "none"),
-    "edm2": ("uncertainty", "edm"),
-    "adaptive_log_snr": ("adaptive_log_snr", "none"),
-    "info_noise": ("info_noise", "edm"),
-    "kim": ("kim", "none"),
-    "adaptive": ("adaptive", "spectral"),
+ERROR_FILTERS = {"none": None, "wiener": WienerFilter}
+
+
+class Method(NamedTuple):
+    """The names of a method's parts: keys of `TIMESTEP_SAMPLERS`, `LOSS_WEIGHTINGS` and `ERROR_FILTERS`."""
+
+    timestep_sampler: str
+    loss_weighting: str = "none"
+    error_filter: str = "none"
+
+    @property
+    def needs_images(self):
+        """Whether a part is made from the data's spectrum."""
+        return self.loss_weighting == "spectral" or self.error_filter == "wiener"
+
+
+METHODS = {  # as published
+    "ddpm": Method("uniform"),
+    "min_snr": Method("uniform", "min_snr"),
+    "p2": Method("uniform", "p2"),
+    "speed": Method("speed", "change_aware"),
+    "edm": Method("log_normal", "edm"),
+    "logit_normal": Method("logit_normal"),
+    "clts": Method("clts"),
+    "loss_second_moment": Method("loss_second_moment"),
+    "edm2": Method("uncertainty", "edm"),
+    "adaptive_log_snr": Method("adaptive_log_snr"),
+    "info_noise": Method("info_noise", "edm"),
+    "kim": Method("kim"),
+    "adaptive": Method("adaptive", "spectral", "wiener"),
 }
 
 __all__ = [
+    "ERROR_FILTERS",
     "LOSS_WEIGHTINGS",
     "METHODS",
     "TIMESTEP_SAMPLERS",
@@ -72,17 +94,21 @@ __all__ = [
     "LogNormalSampler",
     "LogitNormalSampler",
     "LossSecondMomentSampler",
+    "Method",
     "NoiseSchedule",
+    "Spectrum",
     "SpeeDSampler",
     "TimestepBatch",
     "TimestepSampler",
     "UncertaintySampler",
     "UniformSampler",
+    "WienerFilter",
     "antithetic_randn",
-    "component_variances",
+    "checked_weights",
     "epsilon_loss_scale",
     "fold_seed",
     "make_timestep_sampler",
+    "mean_squares",
     "resolve_method",
 ]
 
@@ -93,6 +119,7 @@ def make_timestep_sampler(
     *,
     timestep_sampler=None,
     loss_weighting=None,
+    error_filter=None,
     images=None,
     device="cpu",
     **options,
@@ -104,8 +131,9 @@ def make_timestep_sampler(
         method: a key of `METHODS`.
         timestep_sampler: a key of `TIMESTEP_SAMPLERS`, in place of the method's.
         loss_weighting: a key of `LOSS_WEIGHTINGS`, in place of the method's.
+        error_filter: a key of `ERROR_FILTERS`, in place of the method's.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
-            `spectral` alone, which is that of the method `adaptive`.
+            `spectral` and the filter `wiener`, which are those of the method `adaptive`.
         device: where to draw; the training device.
         options: of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
 
@@ -113,36 +141,54 @@ def make_timestep_sampler(
         ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
             does not allow.
     """
-    sampler_name, weighting_name = resolve_method(method, timestep_sampler, loss_weighting)
-    sampler_class = _lookup(TIMESTEP_SAMPLERS, "timestep_sampler", sampler_name)
-    weighting = _lookup(LOSS_WEIGHTINGS, "loss_weighting", weighting_name)
+    method = resolve_method(method, timestep_sampler, loss_weighting, error_filter)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    data = ()
-    if weighting is weightings.spectral:
-        if images is None:
-            raise ValueError(
-                f"loss_weighting {weighting_name!r} needs `images`, a batch or more of the training data: "
-                "make_timestep_sampler(..., images=next(iter(dataloader)))"
-            )
-        data = (component_variances(images),)
-    loss_weights = weighting(noise_scheduler, *data).float()  # as it will be used: EDM's may overflow
-    if not (loss_weights.isfinite().all() and (loss_weights > 0).any() and (loss_weights >= 0).all()):
-        bad = int((~(loss_weights.isfinite() & (loss_weights >= 0))).nonzero()[0])
+    if method.needs_images and images is None:
         raise ValueError(
-            f"loss_weighting {weighting_name!r} cannot be used with this noise schedule: at timestep {bad} the weight "
-            f"is {float(loss_weights[bad])} (abar = {float(noise_scheduler.alphas_cumprod[bad]):.3g})"
+            f"loss_weighting {method.loss_weighting!r} with error_filter {method.error_filter!r} needs `images`, "
+            "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
         )
+    spectrum = Spectrum.of(images) if method.needs_images else None
+    loss_weights = checked_weights(method.loss_weighting, noise_scheduler, spectrum)
+    make_filter = ERROR_FILTERS[method.error_filter]
+    error_filter = make_filter and make_filter(noise_scheduler, spectrum, device=device)
+    sampler_class = TIMESTEP_SAMPLERS[method.timestep_sampler]
     try:
-        return sampler_class(noise_scheduler, loss_weights, device=device, **options)
+        return sampler_class(noise_scheduler, loss_weights, error_filter=error_filter, device=device, **options)
     except TypeError as error:
-        raise ValueError(f"timestep_sampler_options {options} for {sampler_name!r}: {error}") from error
+        raise ValueError(f"timestep_sampler_options {options} for {method.timestep_sampler!r}: {error}") from error
 
 
-def resolve_method(method, timestep_sampler=None, loss_weighting=None):
-    """The names of a method's timestep sampler and loss weighting, with either replaced where one is given."""
-    default_sampler, default_weighting = _lookup(METHODS, "method", method)
-    return timestep_sampler or default_sampler, loss_weighting or default_weighting
+def resolve_method(method, timestep_sampler=None, loss_weighting=None, error_filter=None):
+    """The `Method` of that name, with any part replaced that is given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    parts = _lookup(METHODS, "method", method)
+    given = {"timestep_sampler": timestep_sampler, "loss_weighting": loss_weighting, "error_filter": error_filter}
+    parts = parts._replace(**{kind: name for kind, name in given.items() if name is not None})
+    for registry, kind in (
+        (TIMESTEP_SAMPLERS, "timestep_sampler"),
+        (LOSS_WEIGHTINGS, "loss_weighting"),
+        (ERROR_FILTERS, "error_filter"),
+    ):
+        _lookup(registry, kind, getattr(parts, kind))
+    return parts
+
+
+def checked_weights(name, schedule, spectrum=None):
+    """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
+    data = [spectrum.variances.flatten()] if name == "spectral" else []
+    values = LOSS_WEIGHTINGS[name](schedule, *data).float()  # as it will be used: EDM's may overflow
+    if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
+        bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
+        raise ValueError(
+            f"loss_weighting {name!r} cannot be used with this noise schedule: at timestep {bad} the weight "
+            f"is {float(values[bad])} (abar = {float(schedule.alphas_cumprod[bad]):.3g})"
+        )
+    return values
 
 
 def _lookup(registry, kind, name):

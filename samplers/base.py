@@ -34,6 +34,7 @@ class TimestepSampler:
     Args:
         schedule: the noise schedule.
         loss_weights: [T] the loss weighting on the epsilon-loss; ones by default.
+        error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares.
         low_discrepancy: False for independent draws.
         antithetic_noise: pair the examples of a batch; by default as the class says.
         seed: of the draws; the same on all ranks.
@@ -50,6 +51,7 @@ class TimestepSampler:
         schedule: NoiseSchedule,
         loss_weights=None,
         *,
+        error_filter=None,
         low_discrepancy=True,
         antithetic_noise=None,
         seed=0,
@@ -57,6 +59,7 @@ class TimestepSampler:
     ):
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
+        self.error_filter = error_filter or mean_squares
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -104,8 +107,17 @@ class TimestepSampler:
         unpaired = torch.arange(count - count % 2, count, device=self.device)
         return torch.cat([first, unpaired, first + 1])
 
+    def losses(self, errors, timesteps):
+        """[B] the unweighted losses of a batch, each a mean over an image's pixels or components.
+
+        Args:
+            errors: [B, C, H, W] the network's errors in eps, prediction less target.
+            timesteps: [B] as drawn.
+        """
+        return self.error_filter(errors, timesteps)
+
     def update(self, timesteps, losses):
-        """Learn from a step. timesteps: [B] as drawn; losses: [B] unweighted epsilon-losses, detached."""
+        """Learn from a step. timesteps: [B] as drawn; losses: [B] of `losses`, detached."""
 
     def before_update(self, images, denoising_loss):
         """Measure the model before the optimiser moves it; only for a sampler that learns from what an update changes.
@@ -113,7 +125,7 @@ class TimestepSampler:
         Args:
             images: [B, C, H, W] as given to `sample`.
             denoising_loss: of the model as it is: (images [N, C, H, W], timesteps [N], noise like images) -> [N]
-                unweighted epsilon-losses, without gradients, dropout or use of the global random state.
+                unweighted losses, without gradients, dropout or use of the global random state.
         """
 
     def after_update(self, denoising_loss):
@@ -167,6 +179,11 @@ class TimestepSampler:
 
     def _table(self, values):
         return torch.as_tensor(values).to(self.device, torch.float32)
+
+
+def mean_squares(errors, timesteps=None):
+    """[B] the mean squares of `errors` [B, ...], in float32."""
+    return errors.float().square().flatten(1).mean(1)
 
 
 def antithetic_randn(batch_size, *shape, **options):

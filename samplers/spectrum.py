@@ -1,35 +1,51 @@
 """The spectrum of a data set: how much its images vary at each spatial frequency."""
 
+from typing import NamedTuple
+
 import torch
 
 
-def component_variances(images, batch_size=64):
-    """[C * H * W] float64: the variances s_i^2 of the images' components, in no order.
+class Spectrum(NamedTuple):
+    """Uncorrelated components of stationary images, and their variances. (Principal components of the pixels would need
+    no stationarity, but a matrix of (C H W)^2 entries.)"""
 
-    Components are the principal ones of stationary images: spatial frequencies, and for each the principal axes of its
-    channels. (Principal components of the pixels would need no stationarity, but a matrix of (C H W)^2 entries.) Their
-    sum is the variance of an image, about the mean image.
+    axes: torch.Tensor  # [C, C] float64, orthonormal rows: the principal axes of the channels
+    variances: torch.Tensor  # [C, H, W] float64: s_i^2 on each axis at each frequency, in the order of torch.fft.fft2
 
-    Args:
-        images: [N, C, H, W] in the range that the network is trained on, a random sample of the training data. 64 are
-            enough for rough values of most components, 512 for good ones of all.
-        batch_size: images transformed at a time.
+    @classmethod
+    def of(cls, images, batch_size=64):
+        """The spectrum of a data set, about its mean image.
 
-    Raises:
-        ValueError: the shape is another, or the images do not vary.
+        Args:
+            images: [N, C, H, W] in the range that the network is trained on, a random sample of the training data. 64
+                are enough for rough values of most components, 512 for good ones of all.
+            batch_size: images transformed at a time.
+
+        Raises:
+            ValueError: the shape is another, or the images do not vary.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
+        N = len(images)
+        mean = images.mean(0, dtype=torch.float64).cpu()
+
+        def total(function):  # over the images, a batch of them at a time in double precision
+            return sum(function(some.double().cpu() - mean) for some in images.split(batch_size))
+
+        covariance = total(lambda some: torch.einsum("nchw,ndhw->cd", some, some))
+        if not 0 < covariance.trace() < torch.inf:
+            raise ValueError(
+                f"the {N} training images do not vary (or are not finite), so they have no spectrum to train by: "
+                "choose another loss weighting and error filter, such as --loss_weighting none --error_filter none"
+            )
+        axes = torch.linalg.eigh(covariance).eigenvectors.T
+        return cls(axes, total(lambda some: component_powers(some, axes).sum(0)) / (N - 1))
+
+
+def component_powers(images, axes):
+    """[N, C, H, W] the squared magnitudes of the components of `images` [N, C, H, W], of `axes` [C, C].
+
+    Their sum over an image is the sum of its squared pixels.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
-    N, C, H, W = images.shape
-    mean = images.mean(0, dtype=torch.float64).cpu()
-    covariances = torch.zeros(H, W, C, C, dtype=torch.complex128)
-    for some in images.split(batch_size):
-        spectra = torch.fft.fft2(some.double().cpu() - mean, norm="ortho")
-        covariances += torch.einsum("nchw,ndhw->hwcd", spectra, spectra.conj())
-    variances = torch.linalg.eigvalsh(covariances / max(N - 1, 1)).clamp_min(0).flatten()
-    if not 0 < variances.sum() < torch.inf:
-        raise ValueError(
-            f"the {N} training images do not vary (or are not finite), so they have no spectrum to weigh timesteps by: "
-            "choose another loss weighting, such as --loss_weighting none"
-        )
-    return variances
+    components = torch.fft.fft2(torch.einsum("ac,nchw->nahw", axes, images), norm="ortho")
+    return torch.view_as_real(components).square().sum(-1)

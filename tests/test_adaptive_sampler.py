@@ -11,7 +11,7 @@ T = 1000
 
 
 def adaptive(weighting="bell", **options):
-    return make_timestep_sampler(scheduler(), "adaptive", loss_weighting=weighting, **options)
+    return make_timestep_sampler(scheduler(), "adaptive", loss_weighting=weighting, error_filter="none", **options)
 
 
 def train(sampler, mean_loss, epochs, batch_size=500, seed=0):
@@ -223,7 +223,7 @@ loss = torch.load(f"{folder}/loss.pt")
 out = {"rank": rank}
 
 def fresh(name="adaptive", **options):
-    return make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="bell", **options)
+    return make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="bell", error_filter="none", **options)
 
 def train(sampler, steps, batch_size=100):
     for _ in range(steps):
@@ -277,8 +277,8 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("low_discrepancy", [True, False])
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
 def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
-    alone = make_timestep_sampler(schedule_of_worker(), timestep_sampler=name, loss_weighting="bell", seed=3,
-                                  low_discrepancy=low_discrepancy)  # fmt: skip
+    options = {"seed": 3, "low_discrepancy": low_discrepancy, "error_filter": "none"}
+    alone = make_timestep_sampler(schedule_of_worker(), timestep_sampler=name, loss_weighting="bell", **options)
     for i, batch_size in enumerate((1, 4, 7)):
         shares = [rank[name, low_discrepancy][i] for rank in ranks]
         assert shares[0][0].shape == (batch_size,)
@@ -289,7 +289,8 @@ def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
 
 def test_ranks_hold_the_same_tables_as_one_process_with_both_halves(ranks):
     loss = (falling_loss(T) * 256).round() / 256
-    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", loss_weighting="bell", refresh_every=4)
+    options = {"refresh_every": 4, "error_filter": "none"}
+    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", loss_weighting="bell", **options)
     for _ in range(90):
         timesteps = alone.sample(200).timesteps
         alone.update(timesteps, loss[timesteps])

@@ -1,4 +1,4 @@
-"""`samplers/` alone, copied into somebody else's training script, works with three changed lines."""
+"""`samplers/` alone, copied into somebody else's training script, works with a few changed lines."""
 
 import ast
 import json
@@ -61,9 +61,9 @@ for step in range(240):
     noise = antithetic_randn(*clean.shape)
     timesteps, weights = sampler.sample(len(clean))  # (2) was: torch.randint(1000, (64,))
     noisy = noise_scheduler.add_noise(clean, noise, timesteps)
-    loss = (net(noisy, timesteps) - noise).square().mean((1, 2, 3))
-    sampler.update(timesteps, loss.detach())  # (3), and the weights in the next line
-    (weights * loss).mean().backward()
+    losses = sampler.losses(net(noisy, timesteps) - noise, timesteps)  # (3) was: (...).square().mean((1, 2, 3))
+    sampler.update(timesteps, losses.detach())  # (4), and the weights in the next line
+    (weights * losses).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 

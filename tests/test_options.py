@@ -31,6 +31,7 @@ BAD_FLAGS = [
     (["--method", "magic"], ["--method", "magic", "adaptive", "min_snr"]),
     (["--timestep_sampler", "magic"], ["--timestep_sampler magic", "uniform", "log_normal"]),
     (["--loss_weighting", "magic"], ["--loss_weighting magic", "bell", "p2"]),
+    (["--error_filter", "magic"], ["--error_filter magic", "none", "wiener"]),
     (["--prediction_type", "magic"], ["--prediction_type", "v_prediction"]),
     (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
     (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "at least 2"]),
@@ -258,15 +259,17 @@ def test_fewer_timesteps_need_no_other_flags():
     assert (options.ddpm_num_inference_steps, options.eval_num_inference_steps) == (40, 40)
 
 
-def test_methods_name_published_pairs():
-    assert resolve_method("speed") == ("speed", "change_aware")
-    assert resolve_method("p2", timestep_sampler="adaptive") == ("adaptive", "p2")
+def test_methods_name_published_parts():
+    assert resolve_method("speed") == ("speed", "change_aware", "none")
+    assert resolve_method("p2", timestep_sampler="adaptive") == ("adaptive", "p2", "none")
+    assert resolve_method("adaptive", error_filter="none") == ("adaptive", "spectral", "none")
 
 
 def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
     save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
     options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
-    assert resolve_method(options.method, options.timestep_sampler, options.loss_weighting) == ("uniform", "none")
+    replacements = (options.timestep_sampler, options.loss_weighting, options.error_filter)
+    assert resolve_method(options.method, *replacements) == ("uniform", "none", "none")
 
 
 def test_flags_are_those_of_diffusers():

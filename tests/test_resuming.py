@@ -37,7 +37,7 @@ def kill_at(script, module, function, call, after):
 
 def signal_at(script, at, number):
     """Send this process a signal within a training step."""
-    original = training_step.epsilon_losses
+    original = training_step.epsilon_errors
     calls = iter(range(10**6))
 
     def interrupted(*args):
@@ -45,7 +45,7 @@ def signal_at(script, at, number):
             os.kill(os.getpid(), number)
         return original(*args)
 
-    training_step.epsilon_losses = interrupted
+    training_step.epsilon_errors = interrupted
 
 
 def final_state(folder):
@@ -87,8 +87,8 @@ def train(train):
 
 
 KILLS = {  # module, function, number of its call, and whether the kill comes after the call
-    "in the first step": ("training.step", "epsilon_losses", 1, False),
-    "between two checkpoints": ("training.step", "epsilon_losses", 16, False),
+    "in the first step": ("training.step", "epsilon_errors", 1, False),
+    "between two checkpoints": ("training.step", "epsilon_errors", 16, False),
     "as a save begins": ("train_adaptive_ddpm", "save_checkpoint", 2, False),
     "inside a save, before the manifest": ("training.checkpoints", "_checksums", 2, False),
     "inside a save, before the rename": ("training.checkpoints", "_checksums", 2, True),
@@ -133,8 +133,8 @@ def test_killed_from_outside_at_no_chosen_moment(train, never_stopped):
 
 
 def slow_down(script, seconds):
-    original = training_step.epsilon_losses
-    training_step.epsilon_losses = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = training_step.epsilon_errors
+    training_step.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 @pytest.mark.parametrize("harm", ["cut short", "changed", "missing", "no manifest"])
@@ -218,14 +218,14 @@ def test_streamed_data_resume_alike(train):
 
 def poison(script, steps):
     """Make the loss NaN in these steps."""
-    original = training_step.epsilon_losses
+    original = training_step.epsilon_errors
     calls = iter(range(10**6))
 
     def poisoned(*args):
-        losses = original(*args)
-        return losses * float("nan") if next(calls) in steps else losses
+        errors = original(*args)
+        return errors * float("nan") if next(calls) in steps else errors
 
-    training_step.epsilon_losses = poisoned
+    training_step.epsilon_errors = poisoned
 
 
 def test_a_nan_is_skipped_counted_and_does_no_harm(train):

@@ -17,8 +17,9 @@ from samplers import (
     TIMESTEP_SAMPLERS,
     AdaptiveSampler,
     NoiseSchedule,
+    Spectrum,
     UniformSampler,
-    component_variances,
+    WienerFilter,
     epsilon_loss_scale,
     fold_seed,
     make_timestep_sampler,
@@ -78,7 +79,7 @@ def some_images():
 
 
 def weighting_table(name, schedule):
-    data = [component_variances(some_images())] if name == "spectral" else []
+    data = [Spectrum.of(some_images()).variances.flatten()] if name == "spectral" else []
     return LOSS_WEIGHTINGS[name](schedule, *data)
 
 
@@ -195,12 +196,13 @@ def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T)
 @pytest.mark.parametrize("method", METHODS)
 def test_published_methods_are_built_by_name(method):
     sampler = make_timestep_sampler(scheduler(), method, images=some_images())
-    name, weighting = METHODS[method]
+    name, weighting, error_filter = METHODS[method]
     assert type(sampler) is TIMESTEP_SAMPLERS[name]
     assert torch.allclose(sampler.loss_weights.double(), weighting_table(weighting, tables()))
+    assert isinstance(sampler.error_filter, WienerFilter) == (error_filter == "wiener")
 
 
-@pytest.mark.parametrize("kind", ["method", "timestep_sampler", "loss_weighting"])
+@pytest.mark.parametrize("kind", ["method", "timestep_sampler", "loss_weighting", "error_filter"])
 def test_unknown_names_are_refused_with_the_known_ones(kind):
     with pytest.raises(ValueError, match=f"{kind} .*'nonsense'"):
         make_timestep_sampler(scheduler(), **{kind: "nonsense"})
@@ -216,7 +218,7 @@ def test_schedulers_without_a_discrete_schedule_are_refused_by_name():
 def test_speed_refuses_a_schedule_that_hardly_adds_noise():
     flat = DDPMScheduler(num_train_timesteps=50, beta_start=1e-7, beta_end=1e-7)
     with pytest.raises(ValueError, match="speed"):
-        make_timestep_sampler(flat, timestep_sampler="speed", loss_weighting="none")
+        make_timestep_sampler(flat, timestep_sampler="speed", loss_weighting="none", error_filter="none")
 
 
 @pytest.mark.parametrize("method", METHODS)

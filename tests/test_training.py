@@ -38,14 +38,14 @@ def distance(a, b):
 def noise_from_image(script):
     """Tie each image's noise to its pixels, in place of its position in the batch."""
 
-    original = training_step.epsilon_losses
+    original = training_step.epsilon_errors
 
     def with_own_noise(unet, noise_scheduler, images, noise, *args):
         seeds = ((images + 1) * 127.5).round().long().flatten(1) @ torch.arange(1, images[0].numel() + 1)
         noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
         return original(unet, noise_scheduler, images, torch.stack(noise), *args)
 
-    training_step.epsilon_losses = with_own_noise
+    training_step.epsilon_errors = with_own_noise
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -162,14 +162,14 @@ def launch_two_processes(folder, *flags):
 
 def record_draws(path, script):
     """Keep the timesteps and the noise of every batch that goes through the network."""
-    original, batches = training_step.epsilon_losses, []
+    original, batches = training_step.epsilon_errors, []
 
     def recording(unet, noise_scheduler, images, noise, timesteps, *args):
         batches.append((timesteps, noise))
         torch.save(batches, path)
         return original(unet, noise_scheduler, images, noise, timesteps, *args)
 
-    training_step.epsilon_losses = recording
+    training_step.epsilon_errors = recording
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -28,15 +28,15 @@ class LossMeter:
         self.bin_of_timestep = bin_of_timestep(num_train_timesteps, self.num_bins).to(device)
         self.loss = torch.zeros(2, device=device)  # sum of weighted losses, number of examples
         self.norm = torch.zeros(2, device=device)  # sum of gradient norms, number of updates
-        self.bins = torch.zeros(2, self.num_bins, device=device)  # sum of unweighted losses, number of examples
+        self.bins = torch.zeros(2, self.num_bins, device=device)  # sum of epsilon-losses, number of examples
 
-    def add_losses(self, timesteps, losses, weights):
-        """timesteps, losses (unweighted) and weights: [B], detached. Losses that are not finite are left out."""
-        finite = losses.isfinite()
-        losses = torch.where(finite, losses, 0.0)
-        self.loss += torch.stack([(weights * losses).sum(), finite.sum()])
+    def add_losses(self, timesteps, losses, epsilon_losses):
+        """timesteps, losses as trained on (weighted and filtered) and epsilon_losses (the plain mean squares, which can
+        be compared from one method to another): [B], detached. Examples whose losses are not finite are left out."""
+        finite = losses.isfinite() & epsilon_losses.isfinite()
+        self.loss += torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()])
         bins = self.bin_of_timestep[timesteps]
-        self.bins[0].index_add_(0, bins, losses)
+        self.bins[0].index_add_(0, bins, torch.where(finite, epsilon_losses, 0.0))
         self.bins[1].index_add_(0, bins, finite.float())
 
     def add_gradient_norm(self, norm):
@@ -45,7 +45,7 @@ class LossMeter:
         self.norm += torch.stack([torch.where(finite, norm, 0.0), finite.float()])
 
     def read(self, accelerator):
-        """(mean weighted loss, mean gradient norm, [bins] mean unweighted losses) over all processes since the last
+        """(mean weighted loss, mean gradient norm, [bins] mean epsilon-losses) over all processes since the last
         call; None where nothing was added. Waits for the device."""
         sums = torch.cat([torch.stack([self.loss, self.norm], dim=1), self.bins], dim=1)
         totals, counts = accelerator.reduce(sums, "sum").tolist()

@@ -105,13 +105,14 @@ def choose_kernels(unet, device, mixed_precision, compiled):
 
 
 def epsilon_scale_of(noise_scheduler, device):
-    """[T] float32 on `device`: what `epsilon_losses` needs, for the scheduler's prediction type."""
+    """[T] float32 on `device`: what `epsilon_errors` needs, for the scheduler's prediction type."""
     schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-    return epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type).to(device, torch.float32)
+    loss_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type)
+    return loss_scale.sqrt().to(device, torch.float32)
 
 
-def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scale):
-    """[B] |eps - eps_theta(x_t, t)|^2, mean over pixels, whatever the network predicts.
+def epsilon_errors(unet, noise_scheduler, images, noise, timesteps, epsilon_scale):
+    """[B, C, H, W] float32: the network's errors in eps at x_t, up to the sign, whatever it predicts.
 
     Args:
         images, noise: [B, C, H, W]; images in [-1, 1].
@@ -127,8 +128,7 @@ def epsilon_losses(unet, noise_scheduler, images, noise, timesteps, epsilon_scal
         target = noise_scheduler.get_velocity(images, noise, timesteps)
     else:
         target = images
-    squared_error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    return squared_error * epsilon_scale[timesteps]
+    return (prediction.float() - target.float()) * epsilon_scale[timesteps].view(-1, 1, 1, 1)
 
 
 def ema_pipeline(accelerator, unet, ema, noise_scheduler):

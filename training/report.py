@@ -60,7 +60,7 @@ def write_model_card(options, summary, repository=None):
         tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
     )
     name = repository or str(folder)
-    timestep_sampler, loss_weighting = resolve_method(options.method, options.timestep_sampler, options.loss_weighting)
+    parts = resolve_method(options.method, options.timestep_sampler, options.loss_weighting, options.error_filter)
     budget = ", ".join(
         f"{flag} {value}"
         for flag in ("max_train_seconds", "max_train_steps", "num_epochs")
@@ -68,7 +68,8 @@ def write_model_card(options, summary, repository=None):
     )
     rows = {
         "data set": f"`{dataset}`, {options.resolution}×{options.resolution}",
-        "method": f"`{options.method}`: timesteps `{timestep_sampler}`, loss weighting `{loss_weighting}`",
+        "method": f"`{options.method}`: timesteps `{parts.timestep_sampler}`, loss weighting `{parts.loss_weighting}`, "
+        f"error filter `{parts.error_filter}`",
         "budget": budget,
         "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
         "parameters": f"{summary['parameters'] / 1e6:.1f} M",

@@ -3,10 +3,10 @@
 import torch
 
 from image_data import normalize
-from samplers import antithetic_randn, fold_seed
+from samplers import antithetic_randn, fold_seed, mean_squares
 
 from .ema import whole
-from .models import epsilon_losses, epsilon_scale_of
+from .models import epsilon_errors, epsilon_scale_of
 
 
 class TrainingStep:
@@ -62,10 +62,11 @@ class TrainingStep:
             share = slice(part, None, accelerator.gradient_accumulation_steps)
             clean_images, timesteps, weights = images[share], drawn.timesteps[share], drawn.weights[share]
             with accelerator.accumulate(self.unet):
-                losses = self._epsilon_losses(clean_images, timesteps, noise[share])
+                errors = self._epsilon_errors(clean_images, timesteps, noise[share])
+                losses = self.sampler.losses(errors, timesteps)
                 accelerator.backward((weights * losses).mean())
                 step_losses.append(losses.detach())
-                self.meter.add_losses(timesteps, losses.detach(), weights)
+                self.meter.add_losses(timesteps, weights * losses.detach(), mean_squares(errors.detach()))
                 if accelerator.sync_gradients:
                     grad_norm = whole(accelerator.clip_grad_norm_(self.unet.parameters(), self.max_grad_norm))
                     self.meter.add_gradient_norm(grad_norm)
@@ -77,14 +78,14 @@ class TrainingStep:
         self.lr_scheduler.step()
         self.ema.step(self.unet.parameters())
 
-    def _epsilon_losses(self, images, timesteps, noise):
-        return epsilon_losses(self.unet, self.noise_scheduler, images, noise, timesteps, self.epsilon_scale)
+    def _epsilon_errors(self, images, timesteps, noise):
+        return epsilon_errors(self.unet, self.noise_scheduler, images, noise, timesteps, self.epsilon_scale)
 
     def _denoising_loss(self, images, timesteps, noise):
-        """[N] the network's epsilon-losses as it is now, for a sampler that measures what an update changes."""
+        """[N] the network's losses as it is now, for a sampler that measures what an update changes."""
         self.unet.eval()
         with torch.no_grad():
-            losses = self._epsilon_losses(images, timesteps, noise)
+            losses = self.sampler.losses(self._epsilon_errors(images, timesteps, noise), timesteps)
         self.unet.train()
         return losses
 

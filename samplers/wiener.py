@@ -1,0 +1,61 @@
+"""Which of the network's errors count: those that the rest of sampling lets through to the finished image."""
+
+import torch
+
+from .spectrum import component_powers
+
+
+class WienerFilter:
+    """l = mean_i v_i |e_i|^2, v_i = (1 - f) K_i^2 / <K^2> + f: squared errors of eps behind the data's Wiener filter.
+
+    e_i are the components of the error (spatial frequencies, and principal axes of the channels), s_i^2 the variances
+    of the data's, and K_i = s_i^2 / (s_i^2 + sigma_t^2) is the gain of the best linear denoiser of x_t.
+
+    By the end of ancestral sampling of Gaussian data (the reverse SDE), an error in eps at component i moves the image
+    by 2 sigma K_i per unit of log sigma: what is put into a component that x_t has decided stays, the rest is replaced
+    on the way down. So within a timestep an error's square counts K_i^2. In plain mean squares all count the same; at
+    high noise most of them are errors in copying noise from x_t, at frequencies at which nothing is decided yet.
+
+    What a timestep counts against another is left to the weighting c_t: <K^2> = sum K^3 / sum K is the mean over the
+    loss of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
+    The minimiser is E[eps | x_t], as ever, since all v_i are positive.
+
+    Args:
+        schedule: the `NoiseSchedule`.
+        spectrum: the data's `Spectrum`.
+        plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen.
+        device: of the errors.
+    """
+
+    def __init__(self, schedule, spectrum, plain_fraction=0.1, device="cpu"):
+        if not 0 < plain_fraction <= 1:
+            raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
+        self.plain_fraction = plain_fraction
+        variances, abar = spectrum.variances, schedule.alphas_cumprod
+        gains = (relative_gains(variances, one).flatten() for one in abar)
+        normalizers = torch.stack([gain.sum() / gain.pow(3).sum() for gain in gains])  # 1 / <K^2>
+        self._axes, self._variances, self._abar, self._normalizers = (
+            table.to(device, torch.float32) for table in (spectrum.axes, variances, abar, normalizers)
+        )
+
+    def __call__(self, errors, timesteps):
+        """[B] the losses of `errors` [B, C, H, W] in eps at `timesteps` [B].
+
+        Raises:
+            ValueError: the errors are not of the shape of the images that the spectrum is of.
+        """
+        if errors.shape[1:] != self._variances.shape:
+            raise ValueError(
+                f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(self._variances.shape)}"
+            )
+        with torch.autocast(errors.device.type, enabled=False):
+            powers = component_powers(errors.float(), self._axes)
+        gains = relative_gains(self._variances, self._abar[timesteps].view(-1, 1, 1, 1))
+        counts = gains.square() * self._normalizers[timesteps].view(-1, 1, 1, 1)
+        f = self.plain_fraction
+        return (((1 - f) * counts + f) * powers).flatten(1).mean(1)
+
+
+def relative_gains(variances, abar):
+    """K_i / abar_t = s_i^2 / (abar_t s_i^2 + 1 - abar_t): the Wiener filter up to a factor, without signal too."""
+    return variances / (abar * variances + 1 - abar).clamp_min(1e-12)
