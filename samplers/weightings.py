@@ -67,7 +67,7 @@ def spectral(schedule, variances):
     `bell` with k = 2.
 
     Args:
-        variances: [K] s_i^2, of `component_variances`.
+        variances: [K] s_i^2, of a `Spectrum`.
     """
     abar, variances = schedule.alphas_cumprod[:, None], variances[variances > 0].double()
     undecided = (variances * (1 - abar) / (variances * abar + 1 - abar)).sum(1)
