@@ -111,7 +111,7 @@ def print_summary(options, summary):
     print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
     if summary["stopped_by"] == "signal":
         print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
-    else:
+    elif options.eval_batch_size:
         print(f"samples: {options.output_dir}/samples/final.png")
 
 
