@@ -29,8 +29,8 @@ from samplers import (
     ERROR_FILTERS,
     LOSS_WEIGHTINGS,
     METHODS,
+    PARTS,
     TIMESTEP_SAMPLERS,
-    Method,
     NoiseSchedule,
     fold_seed,
     make_timestep_sampler,
@@ -185,11 +185,7 @@ class TrainingOptions:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: must not exceed --ddpm_num_steps ({self.ddpm_num_steps})"
                 )
-        for name, registry in (
-            ("timestep_sampler", TIMESTEP_SAMPLERS),
-            ("loss_weighting", LOSS_WEIGHTINGS),
-            ("error_filter", ERROR_FILTERS),
-        ):
+        for name, registry in PARTS.items():
             if getattr(self, name) is not None and getattr(self, name) not in registry:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
         if (
@@ -273,12 +269,12 @@ def main(options):
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
 
         # Timesteps: which to train on, and how much each example counts
-        replacements = {name: getattr(options, name) for name in Method._fields}
+        parts = {name: getattr(options, name) for name in PARTS}
         sampler = make_timestep_sampler(
             schedule,
             options.method,
-            **replacements,
-            images=dataset.sample() if resolve_method(options.method, **replacements).needs_images else None,
+            **parts,
+            images=dataset.sample() if resolve_method(options.method, **parts).needs_images else None,
             low_discrepancy=options.low_discrepancy,
             seed=options.seed,
             device=device,
@@ -397,7 +393,7 @@ def main(options):
     if options.compile or device.type == "cuda":
         with clock.phase("warm_up"):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
-            warm_up(accelerator, unet, image_shape, options.train_batch_size, measured=sampler.measures_model)
+            warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
 
     log = TrainingLog(accelerator, options, max_steps, step, images_seen, clock)
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)

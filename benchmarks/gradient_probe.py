@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from image_data import normalize, open_images
-from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed, mean_squares
+from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed
 from training.metrics import device_name
 from training.models import epsilon_errors, epsilon_scale_of
 from training.saving import write_json
@@ -56,8 +56,7 @@ def main(options):
     timesteps = [(2 * i + 1) * T // (2 * options.num_bins) for i in range(options.num_bins)]
     spectrum = Spectrum.of(dataset.sample())
     objectives = {name: checked_weights(name, schedule, spectrum) for name in OBJECTIVES}
-    make_filter = ERROR_FILTERS[options.error_filter]
-    loss_of = make_filter(schedule, spectrum, device=options.device) if make_filter else mean_squares
+    loss_of = ERROR_FILTERS[options.error_filter](schedule, spectrum, device=options.device)
     bins = [partial(example_gradients, pipeline, loss_of, dataset, t, options) for t in timesteps]
 
     mean_square = sum(measure()[1].square().flatten(0, 1).mean(0) for measure in tqdm(bins, unit="bin")) / len(bins)
@@ -76,7 +75,7 @@ def main(options):
         G = torch.tensor(table["second_moment"])
         table["relative_variance"] = relative_variances(G, losses.cpu(), objectives, timesteps)
         results["metrics"][name] = table
-    results |= {"pipeline": options.pipeline, "examples": options.examples}
+    results |= {"pipeline": options.pipeline, "error_filter": options.error_filter, "examples": options.examples}
     results["device"] = device_name(torch.device(options.device))
     results["command"] = " ".join(["python", *sys.argv])
     write_json(results, Path(options.output_json))

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from samplers import fold_seed, make_timestep_sampler
+from samplers import fold_seed, make_timestep_sampler, mean_squares
 from training.metrics import by_bin
 from training.models import epsilon_errors, epsilon_scale_of
 
@@ -95,7 +95,7 @@ def train(method, options, images, moments, args):
         with torch.no_grad():
             errors = epsilon_errors(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
         unet.train()
-        return sampler.losses(errors, timesteps)
+        return mean_squares(errors)
 
     tables, drawn = {}, []
     for step in range(1, args.steps + 1):

@@ -34,7 +34,7 @@ from generate import DTYPES
 from image_data import open_images, training_batches
 from pipelines import UnconditionalPipeline, to_pil
 from recipes import one_line_errors, parse_options
-from samplers import METHODS, make_timestep_sampler
+from samplers import METHODS, PARTS, make_timestep_sampler
 from train_adaptive_ddpm import TrainingOptions
 from training.ema import WeightAverage
 from training.metrics import LossMeter, device_name, library_versions
@@ -71,17 +71,20 @@ def main(options):
     images_a_round = options.train_batch_size * options.steps_per_repeat
     training = compare(rounds, images_a_round, options.repeats, accelerator.device)
     step_seconds = options.train_batch_size / training["ours"]["median"]
+    image_shape = images.shape[1:]
 
     results = {
         "training_images_per_second": training,
         "sampling_images_per_second": compare_sampling(sampling_unet, accelerator, options),
         "arithmetic": arithmetic(accelerator, images, options, training["ours"]["median"]),
         "sampler_milliseconds": {
-            method: sampler_cost(method, accelerator.device, options.train_batch_size, options.repeats)
+            method: sampler_cost(method, image_shape, accelerator.device, options.train_batch_size, options.repeats)
             for method in METHODS
         },
         "adaptive_milliseconds": {
-            f"T={T}, batch {batch}": sampler_cost("adaptive", accelerator.device, batch, options.repeats, T)
+            f"T={T}, batch {batch}": sampler_cost(
+                "adaptive", image_shape, accelerator.device, batch, options.repeats, T
+            )
             for T in (1000, 4000)
             for batch in (options.train_batch_size, 8 * options.train_batch_size)
         },
@@ -125,8 +128,9 @@ def our_step(accelerator, dataset, options):
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
+    parts = {name: getattr(options, name) for name in PARTS}
     sampler = make_timestep_sampler(
-        noise_scheduler, options.method, images=dataset.sample(), seed=options.seed, device=device
+        noise_scheduler, options.method, **parts, images=dataset.sample(), seed=options.seed, device=device
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
@@ -142,7 +146,8 @@ def our_step(accelerator, dataset, options):
     update = TrainingStep(
         accelerator, unet, noise_scheduler, sampler, optimizer, lr_scheduler, ema, guard, meter, **flags
     )
-    warm_up(accelerator, unet, (dataset.channels, dataset.resolution, dataset.resolution), options.train_batch_size)
+    image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
+    warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
     numbers = iter(range(10**9))
     unet.train()
     return lambda: update(next(numbers), next(batches)), accelerator.unwrap_model(unet)
@@ -254,16 +259,20 @@ def arithmetic(accelerator, images, options, images_per_second):
     }
 
 
-def sampler_cost(method, device, batch_size, repeats, num_train_timesteps=1000):
-    """Milliseconds that drawing and learning add to a step; for Kim et al., without measuring the model."""
+def sampler_cost(method, image_shape, device, batch_size, repeats, num_train_timesteps=1000):
+    """Milliseconds a step of drawing, of the loss and its gradient at the network's output, and of learning; for Kim et
+    al., without measuring the model. What `ddpm` takes is what any method does."""
     noise_scheduler = build_noise_scheduler(TrainingOptions(ddpm_num_steps=num_train_timesteps))
-    images = torch.rand(batch_size, 3, 32, 32, device=device)
+    images = torch.rand(batch_size, *image_shape, device=device)
     sampler = make_timestep_sampler(noise_scheduler, method, images=images, device=device)
-    losses = torch.rand(batch_size, device=device)
+    errors = torch.randn(images.shape, device=device, requires_grad=True)
 
     def forty_steps():
         for _ in range(40):
-            sampler.update(sampler.sample(batch_size, images=images).timesteps, losses)
+            timesteps, weights = sampler.sample(batch_size, images=images)
+            losses = sampler.losses(errors, timesteps)
+            (weights * losses).mean().backward()
+            sampler.update(timesteps, losses.detach())
 
     (seconds,) = time_interleaved({method: forty_steps}, repeats).values()
     return round(1000 * summary(seconds)["median"] / 40, 4)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
-from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares
+from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares, of_first_rank
 from .clts import CLTSSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
@@ -49,11 +49,13 @@ LOSS_WEIGHTINGS = {
     name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
 }
 
-ERROR_FILTERS = {"none": None, "wiener": WienerFilter}
+ERROR_FILTERS = {"none": lambda schedule, spectrum, device: mean_squares, "wiener": WienerFilter}
+
+PARTS = {"timestep_sampler": TIMESTEP_SAMPLERS, "loss_weighting": LOSS_WEIGHTINGS, "error_filter": ERROR_FILTERS}
 
 
 class Method(NamedTuple):
-    """The names of a method's parts: keys of `TIMESTEP_SAMPLERS`, `LOSS_WEIGHTINGS` and `ERROR_FILTERS`."""
+    """The names of a method's parts, keys of the registries in `PARTS`."""
 
     timestep_sampler: str
     loss_weighting: str = "none"
@@ -62,7 +64,7 @@ class Method(NamedTuple):
     @property
     def needs_images(self):
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter == "wiener"
+        return self.loss_weighting == "spectral" or self.error_filter != "none"
 
 
 METHODS = {  # as published
@@ -85,6 +87,7 @@ __all__ = [
     "ERROR_FILTERS",
     "LOSS_WEIGHTINGS",
     "METHODS",
+    "PARTS",
     "TIMESTEP_SAMPLERS",
     "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
@@ -113,35 +116,25 @@ __all__ = [
 ]
 
 
-def make_timestep_sampler(
-    noise_scheduler,
-    method="adaptive",
-    *,
-    timestep_sampler=None,
-    loss_weighting=None,
-    error_filter=None,
-    images=None,
-    device="cpu",
-    **options,
-):
+def make_timestep_sampler(noise_scheduler, method="adaptive", *, images=None, device="cpu", **options):
     """Build a method's sampler for a diffusers noise scheduler.
+
+    With `torch.distributed` initialised, all ranks must call it: they use the first one's images.
 
     Args:
         noise_scheduler: a diffusers scheduler with `alphas_cumprod`, or a `NoiseSchedule`.
         method: a key of `METHODS`.
-        timestep_sampler: a key of `TIMESTEP_SAMPLERS`, in place of the method's.
-        loss_weighting: a key of `LOSS_WEIGHTINGS`, in place of the method's.
-        error_filter: a key of `ERROR_FILTERS`, in place of the method's.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
             `spectral` and the filter `wiener`, which are those of the method `adaptive`.
         device: where to draw; the training device.
-        options: of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
+        options: `timestep_sampler`, `loss_weighting` and `error_filter`, keys of `PARTS`' registries, in place of the
+            method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
 
     Raises:
         ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
             does not allow.
     """
-    method = resolve_method(method, timestep_sampler, loss_weighting, error_filter)
+    method = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
     if method.needs_images and images is None:
@@ -149,10 +142,9 @@ def make_timestep_sampler(
             f"loss_weighting {method.loss_weighting!r} with error_filter {method.error_filter!r} needs `images`, "
             "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
         )
-    spectrum = Spectrum.of(images) if method.needs_images else None
+    spectrum = of_first_rank(Spectrum.of(images)) if method.needs_images else None
     loss_weights = checked_weights(method.loss_weighting, noise_scheduler, spectrum)
-    make_filter = ERROR_FILTERS[method.error_filter]
-    error_filter = make_filter and make_filter(noise_scheduler, spectrum, device=device)
+    error_filter = ERROR_FILTERS[method.error_filter](noise_scheduler, spectrum, device=device)
     sampler_class = TIMESTEP_SAMPLERS[method.timestep_sampler]
     try:
         return sampler_class(noise_scheduler, loss_weights, error_filter=error_filter, device=device, **options)
@@ -160,22 +152,17 @@ def make_timestep_sampler(
         raise ValueError(f"timestep_sampler_options {options} for {method.timestep_sampler!r}: {error}") from error
 
 
-def resolve_method(method, timestep_sampler=None, loss_weighting=None, error_filter=None):
-    """The `Method` of that name, with any part replaced that is given.
+def resolve_method(method, **parts):
+    """The `Method` of that name, with any part replaced that is given and not None.
 
     Raises:
         ValueError: an unknown name.
     """
-    parts = _lookup(METHODS, "method", method)
-    given = {"timestep_sampler": timestep_sampler, "loss_weighting": loss_weighting, "error_filter": error_filter}
-    parts = parts._replace(**{kind: name for kind, name in given.items() if name is not None})
-    for registry, kind in (
-        (TIMESTEP_SAMPLERS, "timestep_sampler"),
-        (LOSS_WEIGHTINGS, "loss_weighting"),
-        (ERROR_FILTERS, "error_filter"),
-    ):
-        _lookup(registry, kind, getattr(parts, kind))
-    return parts
+    replaced = {kind: name for kind, name in parts.items() if name is not None}
+    resolved = _lookup(METHODS, "method", method)._replace(**replaced)
+    for kind, registry in PARTS.items():
+        _lookup(registry, kind, getattr(resolved, kind))
+    return resolved
 
 
 def checked_weights(name, schedule, spectrum=None):

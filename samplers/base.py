@@ -8,15 +8,20 @@ import torch.distributed as dist
 from .schedule import NoiseSchedule
 
 
+def mean_squares(errors, timesteps=None):
+    """[B] the mean squares of `errors` [B, ...], in float32."""
+    return errors.float().square().flatten(1).mean(1)
+
+
 class TimestepBatch(NamedTuple):
-    """Timesteps for one batch, and the factor on each example's epsilon-loss."""
+    """Timesteps for one batch, and the factor on each example's loss."""
 
     timesteps: torch.Tensor  # [B] int64 in [0, T)
     weights: torch.Tensor  # [B] float32
 
 
 class TimestepSampler:
-    """Draws t ~ p_t and weighs each example by w_t. Only p_t * w_t decides the objective that is trained.
+    """Draws t ~ p_t and weighs each example by w_t. Only p_t * w_t decides what a timestep counts in the objective.
 
     A subclass states its density. If it is an importance sampler (`corrects_for_density`), then w_t is the loss
     weighting divided by T * p_t, so that the objective stays that of the weighting whatever p_t is; otherwise w_t is
@@ -33,7 +38,7 @@ class TimestepSampler:
 
     Args:
         schedule: the noise schedule.
-        loss_weights: [T] the loss weighting on the epsilon-loss; ones by default.
+        loss_weights: [T] the loss weighting c_t; ones by default.
         error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares.
         low_discrepancy: False for independent draws.
         antithetic_noise: pair the examples of a batch; by default as the class says.
@@ -51,7 +56,7 @@ class TimestepSampler:
         schedule: NoiseSchedule,
         loss_weights=None,
         *,
-        error_filter=None,
+        error_filter=mean_squares,
         low_discrepancy=True,
         antithetic_noise=None,
         seed=0,
@@ -59,7 +64,7 @@ class TimestepSampler:
     ):
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
-        self.error_filter = error_filter or mean_squares
+        self.error_filter = error_filter
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -76,7 +81,7 @@ class TimestepSampler:
 
     @property
     def weights(self):
-        """[T] w_t, the factor on the epsilon-loss of an example at t."""
+        """[T] w_t, the factor on the loss of an example at t."""
         if not self.corrects_for_density:
             return self.loss_weights
         return self.loss_weights / (self.num_train_timesteps * self.probabilities)
@@ -111,7 +116,7 @@ class TimestepSampler:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components.
 
         Args:
-            errors: [B, C, H, W] the network's errors in eps, prediction less target.
+            errors: [B, C, H, W] the network's errors in eps, of either sign.
             timesteps: [B] as drawn.
         """
         return self.error_filter(errors, timesteps)
@@ -125,7 +130,7 @@ class TimestepSampler:
         Args:
             images: [B, C, H, W] as given to `sample`.
             denoising_loss: of the model as it is: (images [N, C, H, W], timesteps [N], noise like images) -> [N]
-                unweighted losses, without gradients, dropout or use of the global random state.
+                unweighted epsilon-losses, without gradients, dropout or use of the global random state.
         """
 
     def after_update(self, denoising_loss):
@@ -181,11 +186,6 @@ class TimestepSampler:
         return torch.as_tensor(values).to(self.device, torch.float32)
 
 
-def mean_squares(errors, timesteps=None):
-    """[B] the mean squares of `errors` [B, ...], in float32."""
-    return errors.float().square().flatten(1).mean(1)
-
-
 def antithetic_randn(batch_size, *shape, **options):
     """`torch.randn`, in which the second half of the batch is minus the first."""
     half = torch.randn((batch_size + 1) // 2, *shape, **options)
@@ -202,3 +202,11 @@ def rank_and_world_size():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def of_first_rank(value):
+    """The first rank's `value`, on all of them."""
+    values = [value]
+    if rank_and_world_size()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]

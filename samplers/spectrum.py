@@ -6,8 +6,11 @@ import torch
 
 
 class Spectrum(NamedTuple):
-    """Uncorrelated components of stationary images, and their variances. (Principal components of the pixels would need
-    no stationarity, but a matrix of (C H W)^2 entries.)"""
+    """Components of the images, spatial frequencies on each principal axis of their channels, and their variances.
+
+    They are uncorrelated in stationary images whose channels have the same axes at every frequency. (Principal
+    components of the pixels would need neither, but a matrix of (C H W)^2 entries.)
+    """
 
     axes: torch.Tensor  # [C, C] float64, orthonormal rows: the principal axes of the channels
     variances: torch.Tensor  # [C, H, W] float64: s_i^2 on each axis at each frequency, in the order of torch.fft.fft2
@@ -49,3 +52,16 @@ def component_powers(images, axes):
     """
     components = torch.fft.fft2(torch.einsum("ac,nchw->nahw", axes, images), norm="ortho")
     return torch.view_as_real(components).square().sum(-1)
+
+
+def relative_gains(variances, signal, noise):
+    """K_i / abar_t = s_i^2 / (abar_t s_i^2 + 1 - abar_t), of the shape of `variances` and the noise level together.
+
+    K_i = s_i^2 / (s_i^2 + sigma_t^2) is the gain of the best linear denoiser of x_t / sqrt(abar_t), Wiener's. Divided
+    by abar_t it is defined without any signal too.
+
+    Args:
+        variances: s_i^2.
+        signal, noise: abar_t and 1 - abar_t (given apart: the difference would be lost in float32).
+    """
+    return variances / (signal * variances + noise).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2.
+"""Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2, filtered or not.
 
 Each function takes a `NoiseSchedule`, `spectral` the data's spectrum too, and returns [T] float64. A weighting is an
 objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the loss that
@@ -7,6 +7,7 @@ objective: what the model should be good at. Weights for v- or x_0-prediction ar
 
 import torch
 
+from .spectrum import relative_gains
 from .speed import convergence_boundary
 
 
@@ -69,8 +70,8 @@ def spectral(schedule, variances):
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
     """
-    abar, variances = schedule.alphas_cumprod[:, None], variances[variances > 0].double()
-    undecided = (variances * (1 - abar) / (variances * abar + 1 - abar)).sum(1)
+    abar = schedule.alphas_cumprod
+    undecided = (1 - abar) * torch.stack([relative_gains(variances, one, 1 - one).sum() for one in abar])
     decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
 

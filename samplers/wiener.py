@@ -2,7 +2,7 @@
 
 import torch
 
-from .spectrum import component_powers
+from .spectrum import component_powers, relative_gains
 
 
 class WienerFilter:
@@ -32,10 +32,12 @@ class WienerFilter:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         self.plain_fraction = plain_fraction
         variances, abar = spectrum.variances, schedule.alphas_cumprod
-        gains = (relative_gains(variances, one).flatten() for one in abar)
-        normalizers = torch.stack([gain.sum() / gain.pow(3).sum() for gain in gains])  # 1 / <K^2>
-        self._axes, self._variances, self._abar, self._normalizers = (
-            table.to(device, torch.float32) for table in (spectrum.axes, variances, abar, normalizers)
+        gains = (relative_gains(variances, one, 1 - one) for one in abar)
+        scales = torch.stack(
+            [(1 - plain_fraction) * gain.sum() / gain.pow(3).sum() for gain in gains]
+        )  # (1 - f) / <K^2>
+        self._axes, self._variances, self._signal, self._noise, self._scales = (
+            table.to(device, torch.float32) for table in (spectrum.axes, variances, abar, 1 - abar, scales)
         )
 
     def __call__(self, errors, timesteps):
@@ -50,12 +52,8 @@ class WienerFilter:
             )
         with torch.autocast(errors.device.type, enabled=False):
             powers = component_powers(errors.float(), self._axes)
-        gains = relative_gains(self._variances, self._abar[timesteps].view(-1, 1, 1, 1))
-        counts = gains.square() * self._normalizers[timesteps].view(-1, 1, 1, 1)
-        f = self.plain_fraction
-        return (((1 - f) * counts + f) * powers).flatten(1).mean(1)
-
-
-def relative_gains(variances, abar):
-    """K_i / abar_t = s_i^2 / (abar_t s_i^2 + 1 - abar_t): the Wiener filter up to a factor, without signal too."""
-    return variances / (abar * variances + 1 - abar).clamp_min(1e-12)
+        signal, noise, scale = (
+            table[timesteps].view(-1, 1, 1, 1) for table in (self._signal, self._noise, self._scales)
+        )
+        counts = scale * relative_gains(self._variances, signal, noise).square() + self.plain_fraction
+        return (counts * powers).flatten(1).mean(1)

@@ -259,6 +259,11 @@ sampler.load_state_dict(own_state)
 train(sampler, 20)
 out["resumed from its own"] = sampler.state_dict()
 
+own_images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
+sampler = make_timestep_sampler(schedule, "adaptive", images=own_images)
+filtered = sampler.losses(torch.ones(1000, 1, 8, 8), torch.arange(1000))
+out["from the first's images"] = sampler.loss_weights, filtered
+
 torch.save(out, f"{folder}/rank{rank}.pt")
 accelerator.end_training()
 """
@@ -285,6 +290,16 @@ def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
         assert batch_size < 4 or not torch.equal(shares[0][0], shares[1][0])
         for ours, own in zip(zip(*shares, strict=True), alone.sample(2 * batch_size), strict=True):
             assert torch.equal(torch.stack(ours, 1).flatten(), own)
+
+
+def test_ranks_take_the_data_s_spectrum_from_the_first_one_s_images(ranks):
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", images=images)
+    losses = alone.losses(torch.ones(1000, 1, 8, 8), torch.arange(1000))
+    for rank in ranks:
+        loss_weights, filtered = rank["from the first's images"]
+        torch.testing.assert_close(loss_weights, alone.loss_weights)
+        torch.testing.assert_close(filtered, losses)
 
 
 def test_ranks_hold_the_same_tables_as_one_process_with_both_halves(ranks):

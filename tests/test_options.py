@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from recipes import load_recipe, save_options
-from samplers import resolve_method
+from samplers import PARTS, resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 
 
@@ -268,8 +268,8 @@ def test_methods_name_published_parts():
 def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
     save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
     options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
-    replacements = (options.timestep_sampler, options.loss_weighting, options.error_filter)
-    assert resolve_method(options.method, *replacements) == ("uniform", "none", "none")
+    parts = {name: getattr(options, name) for name in PARTS}
+    assert resolve_method(options.method, **parts) == ("uniform", "none", "none")
 
 
 def test_flags_are_those_of_diffusers():

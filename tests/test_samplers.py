@@ -474,15 +474,21 @@ def test_losses_that_are_not_finite_never_poison(name):
         assert sampler.sample(64).weights.isfinite().all()
 
 
+def learn_from_a_step(sampler, errors):
+    timesteps, weights = sampler.sample(len(errors))
+    losses = sampler.losses(errors, timesteps)
+    (weights * losses).mean().backward()
+    sampler.update(timesteps, losses.detach())
+
+
 @every_sampler
 @pytest.mark.parametrize("low_discrepancy", [True, False])
-def test_neither_sample_nor_update_waits_for_the_device(name, low_discrepancy, monkeypatch):
+def test_neither_sample_nor_losses_nor_update_wait_for_the_device(name, low_discrepancy, monkeypatch):
     sampler = make(name, low_discrepancy=low_discrepancy)
-    losses = torch.rand(32)
+    errors = torch.randn(32, *some_images().shape[1:], requires_grad=True)
     with no_host_sync(monkeypatch):
         for _ in range(2 * getattr(sampler, "refresh_every", 1)):
-            timesteps, _ = sampler.sample(32)
-            sampler.update(timesteps, losses)
+            learn_from_a_step(sampler, errors)
 
 
 def test_the_guard_against_waiting_does_notice(monkeypatch):
@@ -496,12 +502,12 @@ def test_the_guard_against_waiting_does_notice(monkeypatch):
 @every_sampler
 def test_cuda_sees_no_synchronisation(name):
     sampler = make(name, device="cuda")
-    losses = torch.rand(32, device="cuda")
-    sampler.sample(32)
+    errors = torch.randn(32, *some_images().shape[1:], device="cuda", requires_grad=True)
+    learn_from_a_step(sampler, errors)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2 * getattr(sampler, "refresh_every", 1)):
-            sampler.update(sampler.sample(32).timesteps, losses)
+            learn_from_a_step(sampler, errors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 from test_samplers import every_schedule, tables
 
 from image_data import open_images
-from samplers import Spectrum, WienerFilter, epsilon_loss_scale, make_timestep_sampler, mean_squares, weightings
+from samplers import NoiseSchedule, Spectrum, WienerFilter, make_timestep_sampler, mean_squares, weightings
+from samplers.spectrum import component_powers
 
 T = 1000
 
@@ -186,20 +187,22 @@ def test_a_plain_fraction_of_one_and_white_data_are_plain_mean_squares():
     torch.testing.assert_close(WienerFilter(tables(), white)(errors, t), plain)
 
 
-def test_no_signal_and_no_noise_have_finite_losses_and_gradients():
-    schedule = tables("squaredcos_cap_v2", T)
-    extremes = type(schedule)(torch.cat([torch.ones(1), torch.tensor([0.5, 0.0])]).double())
-    loss = WienerFilter(extremes, Spectrum.of(digits()))
-    errors = torch.randn(3, 1, 8, 8, requires_grad=True)
+def test_no_noise_is_plain_mean_squares_and_no_signal_has_finite_weights():
+    spectrum = Spectrum.of(smooth_images())
+    loss = WienerFilter(NoiseSchedule(torch.tensor([1.0, 0.5, 0.0]).double()), spectrum, plain_fraction=0.1)
+    errors = torch.randn(3, 3, 8, 8, requires_grad=True)
     losses = loss(errors, torch.tensor([0, 1, 2]))
     losses.sum().backward()
-    assert losses.isfinite().all()
-    assert (losses > 0).all()
     assert errors.grad.isfinite().all()
+    torch.testing.assert_close(losses[0], mean_squares(errors)[0])
+    fourth = spectrum.variances.square() * spectrum.variances.sum() / spectrum.variances.pow(3).sum()  # K ∝ s^2
+    expected = ((0.9 * fourth + 0.1) * component_powers(errors[2:].double(), spectrum.axes)).mean()
+    torch.testing.assert_close(losses[2].double(), expected, rtol=1e-4, atol=0)
 
 
 def test_filtered_losses_are_float32_within_autocast():
-    loss, errors, t = wiener(digits()), torch.randn(4, 1, 8, 8).bfloat16(), torch.tensor([5, 100, 500, 900])
+    loss, t = wiener(smooth_images()), torch.tensor([5, 100, 500, 900])
+    errors = torch.randn(4, 3, 8, 8).bfloat16()
     expected = loss(errors.float(), t)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(loss(errors, t), expected)
@@ -211,14 +214,3 @@ def test_errors_of_another_shape_and_bad_fractions_are_refused():
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(ValueError, match=f"plain_fraction must be in .0, 1., not {fraction}"):
             wiener(digits(), plain_fraction=fraction)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_filter_commutes_with_the_scale_of_other_predictions(prediction_type):
-    """As the README says: losses of v- or x_0-errors, times `epsilon_loss_scale`, are those of the eps-errors."""
-    scale = epsilon_loss_scale(tables(), prediction_type).float()
-    sampler = make_timestep_sampler(DDPMScheduler(), "adaptive", images=digits())
-    t = torch.tensor([3, 200, 600, 990])
-    errors = torch.randn(4, 1, 8, 8)
-    own = errors / scale[t].sqrt().view(-1, 1, 1, 1)
-    torch.testing.assert_close(sampler.losses(own, t) * scale[t], sampler.losses(errors, t), rtol=1e-4, atol=1e-7)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import ADAPTING, REPOSITORY, SHARED, TINY, TINY_UNET
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +20,7 @@ from feature_extractors import load_extractor
 from image_data import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
+from training.models import epsilon_errors, epsilon_scale_of
 
 # Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
 # small ones; with a large epsilon it is SGD with momentum, under which equal gradients stay equal within rounding.
@@ -100,6 +101,26 @@ def test_prediction_types_and_schedules(train, prediction_type, schedule):
     assert all(math.isfinite(r["loss"]) for r in run.metrics)
     scheduler = DDPMPipeline.from_pretrained(run.folder).scheduler.config
     assert (scheduler.prediction_type, scheduler.beta_schedule) == (prediction_type, schedule)
+
+
+def test_one_guess_has_the_same_epsilon_errors_whatever_it_is_a_prediction_of():
+    """A network that guesses some x_0 can say so as eps, v or x_0."""
+    images, guess, noise = torch.randn(3, 4, 1, 8, 8).clamp(-1, 1)
+    timesteps = torch.tensor([3, 200, 600, 990])
+    errors = []
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        scheduler = DDPMScheduler(prediction_type=prediction_type)
+        abar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+
+        def unet(noisy, timesteps, return_dict, prediction_type=prediction_type, abar=abar):
+            eps = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
+            v = abar.sqrt() * eps - (1 - abar).sqrt() * guess
+            return [{"epsilon": eps, "v_prediction": v, "sample": guess}[prediction_type]]
+
+        scale = epsilon_scale_of(scheduler, "cpu")
+        errors.append(epsilon_errors(unet, scheduler, images, noise, timesteps, scale).abs())
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(errors[2], errors[0], rtol=1e-3, atol=1e-4)
 
 
 def test_cifar10_recipe_is_ddpm():
@@ -184,6 +205,17 @@ def test_neighbours_in_t_get_opposite_noise_where_the_sampler_says_so(train, tmp
         assert torch.equal(noise[:16], -noise[16:]) == paired
         near = float((timesteps[:16] - timesteps[16:]).abs().double().mean())
         assert (near <= 1000 / 32 + 1) == paired
+
+
+def test_an_error_filter_changes_what_is_trained_but_not_what_the_losses_by_timestep_mean(train):
+    """They are plain mean squares, to be compared between methods; `loss` is what is trained."""
+    flags = ("--method", "ddpm", "--max_train_steps", 1, "--logging_steps", 1, "--train_batch_size", 64)
+    runs = [train(name, *flags, "--error_filter", name) for name in ("none", "wiener")]
+    plain, filtered = (run.wait().metrics[0] for run in runs)
+    assert distance(weights(runs[0].folder), weights(runs[1].folder)) > 1e-4
+    assert plain["loss_by_timestep"] == filtered["loss_by_timestep"]
+    assert plain["loss"] == pytest.approx(sum(plain["loss_by_timestep"]) / 20, rel=0.1)
+    assert abs(filtered["loss"] / plain["loss"] - 1) > 0.01
 
 
 @pytest.mark.parametrize("sampler", ["adaptive", "speed"])

@@ -142,16 +142,17 @@ def ema_pipeline(accelerator, unet, ema, noise_scheduler):
     return DDPMPipeline(average.eval(), DDPMScheduler.from_config(noise_scheduler.config))
 
 
-def warm_up(accelerator, unet, image_shape, batch_size, measured=False):
-    """Run the network forward and backward on noise, so that compilation and autotuning are over before the clock
-    starts; with `measured`, without gradients too. Leaves weights, gradients and random states as they were."""
+def warm_up(accelerator, unet, sampler, image_shape, batch_size):
+    """Run the network and the sampler's losses forward and backward on noise, so that compilation and autotuning are
+    over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights, gradients
+    and random states as they were."""
     device = accelerator.device
     timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for _ in range(2):
             images = torch.randn(batch_size, *image_shape, device=device)
-            unet(images, timesteps, return_dict=False)[0].mean().backward()
-        if measured:
+            sampler.losses(unet(images, timesteps, return_dict=False)[0], timesteps).mean().backward()
+        if sampler.measures_model:
             unet.eval()
             with torch.no_grad():
                 unet(images, timesteps, return_dict=False)

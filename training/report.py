@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from matplotlib.colors import Normalize
 
-from samplers import resolve_method
+from samplers import PARTS, resolve_method
 
 from .metrics import read_metrics
 
@@ -60,7 +60,7 @@ def write_model_card(options, summary, repository=None):
         tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
     )
     name = repository or str(folder)
-    parts = resolve_method(options.method, options.timestep_sampler, options.loss_weighting, options.error_filter)
+    parts = resolve_method(options.method, **{name: getattr(options, name) for name in PARTS})
     budget = ", ".join(
         f"{flag} {value}"
         for flag in ("max_train_seconds", "max_train_steps", "num_epochs")

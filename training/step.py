@@ -82,10 +82,10 @@ class TrainingStep:
         return epsilon_errors(self.unet, self.noise_scheduler, images, noise, timesteps, self.epsilon_scale)
 
     def _denoising_loss(self, images, timesteps, noise):
-        """[N] the network's losses as it is now, for a sampler that measures what an update changes."""
+        """[N] the network's epsilon-losses as it is now, for a sampler that measures what an update changes."""
         self.unet.eval()
         with torch.no_grad():
-            losses = self.sampler.losses(self._epsilon_errors(images, timesteps, noise), timesteps)
+            losses = mean_squares(self._epsilon_errors(images, timesteps, noise))
         self.unet.train()
         return losses
 
