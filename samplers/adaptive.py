@@ -14,9 +14,10 @@ class AdaptiveSampler(LossAwareSampler):
     Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: `spectral` for the method `adaptive`, with
     l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same expected gradient; its variance is
     sum_t c_t^2 G_t / p_t - |grad J|^2, with G_t the second moment of one example's gradient at t, and is least at
-    p_t ∝ c_t sqrt(G_t). The gradient at the network's output is that of a squared error, of squared norm ∝ l_t (behind a
-    filter nearly so: the exact sum v_i^2 |e_i|^2 trained no better), so sqrt(E[l_t]) stands in for sqrt(G_t) (Katharopoulos & Fleuret 2018, arXiv 1803.00942, bound it
-    by the last layer's) - the mean loss, not IDDPM's mean squared loss.
+    p_t ∝ c_t sqrt(G_t). The gradient at the network's output is that of a squared error, of squared norm ∝ l_t (behind
+    a filter nearly so: its exact sum, of v_i^2 |e_i|^2, trained no better), so sqrt(E[l_t]) stands in for sqrt(G_t)
+    (Katharopoulos & Fleuret 2018, arXiv 1803.00942, bound it by the last layer's) - the mean loss, not IDDPM's mean
+    squared loss.
 
     E[l_t] is a running mean over the last part of the run, whatever its length, since losses fall like a power of
     time: sums and counts that decay with the number of draws, both smoothed over neighbouring timesteps by a Gaussian
