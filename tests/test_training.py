@@ -209,7 +209,7 @@ def test_neighbours_in_t_get_opposite_noise_where_the_sampler_says_so(train, tmp
 
 def test_an_error_filter_changes_what_is_trained_but_not_what_the_losses_by_timestep_mean(train):
     """They are plain mean squares, to be compared between methods; `loss` is what is trained."""
-    flags = ("--method", "ddpm", "--max_train_steps", 1, "--logging_steps", 1, "--train_batch_size", 64)
+    flags = ("--method", "ddpm", "--max_train_steps", 3, "--logging_steps", 1, "--train_batch_size", 64)
     runs = [train(name, *flags, "--error_filter", name) for name in ("none", "wiener")]
     plain, filtered = (run.wait().metrics[0] for run in runs)
     assert distance(weights(runs[0].folder), weights(runs[1].folder)) > 1e-4
