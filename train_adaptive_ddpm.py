@@ -41,7 +41,7 @@ from training.clock import PhaseClock
 from training.ema import WeightAverage
 from training.evaluation import Evaluator
 from training.metrics import LossMeter, TrainingLog
-from training.models import build_noise_scheduler, build_unet, choose_kernels, ema_pipeline, warm_up
+from training.models import build_noise_scheduler, build_unet, choose_kernels, ema_pipeline, method_parts, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
 from training.report import (
     create_hub_repository,
@@ -269,7 +269,7 @@ def main(options):
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
 
         # Timesteps: which to train on, and how much each example counts
-        parts = {name: getattr(options, name) for name in PARTS}
+        parts = method_parts(options)
         sampler = make_timestep_sampler(
             schedule,
             options.method,

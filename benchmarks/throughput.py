@@ -34,11 +34,11 @@ from generate import DTYPES
 from image_data import open_images, training_batches
 from pipelines import UnconditionalPipeline, to_pil
 from recipes import one_line_errors, parse_options
-from samplers import METHODS, PARTS, make_timestep_sampler
+from samplers import METHODS, make_timestep_sampler
 from train_adaptive_ddpm import TrainingOptions
 from training.ema import WeightAverage
 from training.metrics import LossMeter, device_name, library_versions
-from training.models import build_noise_scheduler, build_unet, choose_kernels, warm_up
+from training.models import build_noise_scheduler, build_unet, choose_kernels, method_parts, warm_up
 from training.saving import write_json
 from training.step import TrainingStep
 from training.stopping import NonFiniteGuard
@@ -128,7 +128,7 @@ def our_step(accelerator, dataset, options):
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
-    parts = {name: getattr(options, name) for name in PARTS}
+    parts = method_parts(options)
     sampler = make_timestep_sampler(
         noise_scheduler, options.method, **parts, images=dataset.sample(), seed=options.seed, device=device
     )

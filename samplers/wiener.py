@@ -33,11 +33,10 @@ class WienerFilter:
         self.plain_fraction = plain_fraction
         variances, abar = spectrum.variances, schedule.alphas_cumprod
         gains = (relative_gains(variances, one, 1 - one) for one in abar)
-        scales = torch.stack(
-            [(1 - plain_fraction) * gain.sum() / gain.pow(3).sum() for gain in gains]
-        )  # (1 - f) / <K^2>
+        normalizers = torch.stack([gain.sum() / gain.pow(3).sum() for gain in gains])  # 1 / <K^2>
         self._axes, self._variances, self._signal, self._noise, self._scales = (
-            table.to(device, torch.float32) for table in (spectrum.axes, variances, abar, 1 - abar, scales)
+            table.to(device, torch.float32)
+            for table in (spectrum.axes, variances, abar, 1 - abar, (1 - plain_fraction) * normalizers)
         )
 
     def __call__(self, errors, timesteps):

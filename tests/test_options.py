@@ -9,8 +9,9 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from recipes import load_recipe, save_options
-from samplers import PARTS, resolve_method
+from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
+from training.models import method_parts
 
 
 def refused(flags, capsys):
@@ -268,8 +269,7 @@ def test_methods_name_published_parts():
 def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
     save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
     options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
-    parts = {name: getattr(options, name) for name in PARTS}
-    assert resolve_method(options.method, **parts) == ("uniform", "none", "none")
+    assert resolve_method(options.method, **method_parts(options)) == ("uniform", "none", "none")
 
 
 def test_flags_are_those_of_diffusers():

@@ -1,10 +1,10 @@
-"""The network and the noise schedule, from options."""
+"""The network, the noise schedule and the names of the method's parts, from options."""
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from samplers import NoiseSchedule, epsilon_loss_scale
+from samplers import PARTS, NoiseSchedule, epsilon_loss_scale
 
 from .ema import whole
 
@@ -64,6 +64,11 @@ def default_unet_config(resolution):
         "norm_eps": 1e-6,
         "attention_head_dim": None,
     }
+
+
+def method_parts(options):
+    """{part: name, or None for the method's own} of a method, as `samplers.make_timestep_sampler` takes them."""
+    return {name: getattr(options, name) for name in PARTS}
 
 
 def build_noise_scheduler(options):

@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from matplotlib.colors import Normalize
 
-from samplers import PARTS, resolve_method
+from samplers import resolve_method
 
 from .metrics import read_metrics
+from .models import method_parts
 
 matplotlib.use("agg")
 
@@ -60,7 +61,7 @@ def write_model_card(options, summary, repository=None):
         tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
     )
     name = repository or str(folder)
-    parts = resolve_method(options.method, **{name: getattr(options, name) for name in PARTS})
+    parts = resolve_method(options.method, **method_parts(options))
     budget = ", ".join(
         f"{flag} {value}"
         for flag in ("max_train_seconds", "max_train_steps", "num_epochs")
