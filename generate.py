@@ -28,7 +28,14 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from pipelines import UnconditionalPipeline, denoising_steps, load_configs, make_grid_image
+from pipelines import (
+    UnconditionalPipeline,
+    choose_kernels,
+    denoising_steps,
+    keep_freed_memory,
+    load_configs,
+    make_grid_image,
+)
 from pipelines.image_files import FORMATS, RECORD, Writer, read_record, write_atomically
 from recipes import one_line_errors, parse_options
 
@@ -82,6 +89,9 @@ def main(argv=None):
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))
 
+    if state.device.type == "cpu":
+        keep_freed_memory()
+
     # Refuse what cannot work before any weights are read
     options = on_main(state, lambda: read_options(argv, state.device))
     folder = Path(options.output_dir)
@@ -90,8 +100,8 @@ def main(argv=None):
     with state.main_process_first(), one_line_errors(ValueError, OSError):
         pipeline = UnconditionalPipeline.from_pretrained(options.pipeline).to(state.device)
     pipeline.scheduler = SCHEDULERS[options.sampler].from_config(pipeline.scheduler.config)
-    if options.compile:
-        pipeline.unet.compile()
+    # Blocks are all of one shape: a GPU can replay the network's kernels as a CUDA graph
+    choose_kernels(pipeline.unet, state.device, options.mixed_precision, options.compile, mode="reduce-overhead")
     files = FORMATS[options.format](folder, options.num_images, options.batch_size)
     todo = on_main(state, lambda: prepare_folder(folder, options, pipeline, files))
 

@@ -23,7 +23,7 @@ from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
 from image_data import BadImage, open_images, training_batches
-from pipelines import UnconditionalPipeline, make_grid_image
+from pipelines import UnconditionalPipeline, choose_kernels, keep_freed_memory, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
     ERROR_FILTERS,
@@ -41,7 +41,7 @@ from training.clock import PhaseClock
 from training.ema import WeightAverage
 from training.evaluation import Evaluator
 from training.metrics import LossMeter, TrainingLog
-from training.models import build_noise_scheduler, build_unet, choose_kernels, ema_pipeline, method_parts, warm_up
+from training.models import build_noise_scheduler, build_unet, ema_pipeline, method_parts, warm_up
 from training.output import NOT_SAVED, OPTIONS_FILE, check_disk_space, claim_output_dir, delete_results
 from training.report import (
     create_hub_repository,
@@ -220,6 +220,8 @@ def main(options):
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     clock = PhaseClock(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     torch.backends.cudnn.benchmark = True

@@ -15,13 +15,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from sampling import cpu_name
 from sklearn.datasets import load_digits
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samplers import fold_seed, make_timestep_sampler, mean_squares
-from training.metrics import by_bin
+from training.metrics import by_bin, device_name
 from training.models import epsilon_errors, epsilon_scale_of
 
 
@@ -63,7 +62,7 @@ def main():
     result = {
         "command": " ".join(["python", *sys.argv]),
         "arguments": asdict(args),
-        "hardware": f"{cpu_name()}, 1 thread",
+        "hardware": device_name(torch.device("cpu")),
         "torch": torch.__version__,
         "moments": moments,
         "runs": {label: run | {"tables": binned(run["tables"])} for label, run in runs.items()},

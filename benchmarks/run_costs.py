@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from sampling import interleaved, summary
+from timing import interleaved, summary
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 

@@ -3,17 +3,22 @@
     python benchmarks/throughput.py --config configs/cifar10_small.yaml --mixed_precision bf16 --compile \\
         --output_json throughput.json
 
-Both train the same network on the same images with the same batch and precision, in one process, taking turns after a
-warm-up of each: ours is `TrainingStep`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of
-diffusers' examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data
-pipeline. All options are those of the training script. It prints, too, what each timestep sampler costs a step, and
-how much of the device's rate of matrix multiplication the network's arithmetic reaches.
+Both train the same network on the same images with the same batch and precision, each in a process of its own (what
+`keep_freed_memory` changes, it changes for a whole process), taking turns after a warm-up of each: ours is
+`TrainingStep`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of diffusers'
+examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data pipeline. All options
+are those of the training script. It prints, too, what each timestep sampler costs a step, and how much of the device's
+rate of matrix multiplication the network's arithmetic reaches.
 """
 
 import json
+import multiprocessing
+import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,7 +28,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from sampling import summary, time_interleaved
+from timing import interleaved, seconds_of, summary, time_interleaved
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from tqdm.auto import tqdm
@@ -32,13 +37,13 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DTYPES
 from image_data import open_images, training_batches
-from pipelines import UnconditionalPipeline, to_pil
+from pipelines import UnconditionalPipeline, choose_kernels, keep_freed_memory, to_pil
 from recipes import one_line_errors, parse_options
 from samplers import METHODS, make_timestep_sampler
 from train_adaptive_ddpm import TrainingOptions
 from training.ema import WeightAverage
 from training.metrics import LossMeter, device_name, library_versions
-from training.models import build_noise_scheduler, build_unet, choose_kernels, method_parts, warm_up
+from training.models import build_noise_scheduler, build_unet, method_parts, warm_up
 from training.saving import write_json
 from training.step import TrainingStep
 from training.stopping import NonFiniteGuard
@@ -57,40 +62,35 @@ class ThroughputOptions(TrainingOptions):
 
 
 def main(options):
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     with one_line_errors(ValueError, OSError):
         dataset = open_images(options.dataset_name, resolution=options.resolution, cache_dir=options.cache_dir)
     options.resolution = dataset.resolution
-    images = torch.stack([dataset[i] for i in range(min(len(dataset), options.data_images))])
 
-    ours, sampling_unet = our_step(accelerator, dataset, options)
-    theirs = diffusers_step(accelerator, images, options)
-    rounds = {"ours": lambda: repeat(ours, options), "diffusers": lambda: repeat(theirs, options)}
-    images_a_round = options.train_batch_size * options.steps_per_repeat
-    training = compare(rounds, images_a_round, options.repeats, accelerator.device)
-    step_seconds = options.train_batch_size / training["ours"]["median"]
-    image_shape = images.shape[1:]
+    with ExitStack() as stack:
+        contestants = {name: stack.enter_context(Contestant(name, options)) for name in CONTESTANTS}
+        images_a_round = options.train_batch_size * options.steps_per_repeat
+        training = compare(contestants, "training", images_a_round, options.repeats)
+        memory = {name: contestant.ask("memory") for name, contestant in contestants.items()}
+        sampling = compare(contestants, "sampling", options.sampling_batch_size, options.repeats)
 
+    accelerator = make_accelerator(options)
+    device, image_shape = accelerator.device, dataset[0].shape
+    cost = partial(sampler_cost, image_shape=image_shape, device=device, repeats=options.repeats)
+    batch_size = options.train_batch_size
     results = {
         "training_images_per_second": training,
-        "sampling_images_per_second": compare_sampling(sampling_unet, accelerator, options),
-        "arithmetic": arithmetic(accelerator, images, options, training["ours"]["median"]),
-        "sampler_milliseconds": {
-            method: sampler_cost(method, image_shape, accelerator.device, options.train_batch_size, options.repeats)
-            for method in METHODS
-        },
+        "peak_memory_mib": memory,
+        "sampling_images_per_second": sampling,
+        "arithmetic": arithmetic(accelerator, image_shape, options, training["ours"]["median"]),
+        "sampler_milliseconds": {method: cost(method, batch_size) for method in METHODS},
         "adaptive_milliseconds": {
-            f"T={T}, batch {batch}": sampler_cost(
-                "adaptive", image_shape, accelerator.device, batch, options.repeats, T
-            )
+            f"T={T}, batch {batch}": cost("adaptive", batch, num_train_timesteps=T)
             for T in (1000, 4000)
-            for batch in (options.train_batch_size, 8 * options.train_batch_size)
+            for batch in (batch_size, 8 * batch_size)
         },
-        "step_milliseconds": 1000 * step_seconds,
+        "step_milliseconds": 1000 * batch_size / training["ours"]["median"],
         "threads": torch.get_num_threads(),
-        "device": device_name(accelerator.device),
+        "device": device_name(device),
         "versions": library_versions(),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -99,32 +99,96 @@ def main(options):
         write_json(results, Path(options.output_json))
 
 
-def repeat(step, options):
-    for _ in range(options.steps_per_repeat):
-        step()
+def make_accelerator(options):
+    """As the training script's, with its settings of the process."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return accelerator
 
 
-def compare(rounds, images_a_round, repeats, device):
-    """Images per second of each, their ratio in rounds that stood beside each other, and on a GPU the peak memory."""
-    memory = {}
+# Two processes that take turns
+
+
+class Contestant:
+    """A process that trains or samples when asked, and otherwise waits.
+
+    Args:
+        name: of `CONTESTANTS`.
+    """
+
+    def __init__(self, name, options):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=contest, args=(name, options, other))
+
+    def __enter__(self):
+        self.process.start()
+        self.ask("training")  # built, and compiled, before the next one begins
+        return self
+
+    def __exit__(self, *_):
+        self.pipe.close()
+        self.process.join()
+
+    def ask(self, what):
+        """Seconds of a round of "training" or "sampling"; or the peak "memory" so far, in MiB."""
+        self.pipe.send(what)
+        while not self.pipe.poll(0.1):
+            if not self.process.is_alive():
+                raise SystemExit("a contestant has failed, as told above")
+        return self.pipe.recv()
+
+
+def contest(name, options, pipe):
+    """The process of a `Contestant`: answers until nobody asks."""
+    accelerator = make_accelerator(options)
+    dataset = open_images(options.dataset_name, resolution=options.resolution, cache_dir=options.cache_dir)
+    step, sample = CONTESTANTS[name](accelerator, dataset, options)
+
+    def steps():
+        for _ in range(options.steps_per_repeat):
+            step()
+
+    def samples():
+        with accelerator.autocast():
+            sample()
+
+    answers = {
+        "training": partial(seconds_of, steps),
+        "sampling": partial(seconds_of, samples),
+        "memory": partial(peak_memory, accelerator.device),
+    }
+    try:
+        while True:
+            pipe.send(answers[pipe.recv()]())
+    except EOFError:
+        pass
+
+
+def peak_memory(device):
+    """MiB that tensors have taken up on a GPU, or that the process has on a CPU, at most."""
     if device.type == "cuda":
-        for name, run in rounds.items():
-            run()
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            memory[name] = round(torch.cuda.max_memory_allocated() / 2**20)
-    seconds = time_interleaved(rounds, repeats)
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # Linux counts in KiB
+
+
+def compare(contestants, what, images_a_round, repeats):
+    """Images per second of each, and their ratio in rounds that stood beside each other."""
+    seconds = interleaved({name: partial(one.ask, what) for name, one in contestants.items()}, repeats)
     rates = {name: summary([images_a_round / s for s in times]) for name, times in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["diffusers"], strict=True)]
-    return rates | {"ours_over_diffusers": summary(ratios)} | ({"peak_memory_mib": memory} if memory else {})
+    return rates | {"ours_over_diffusers": summary(ratios)}
 
 
-# Training
+# Ours
 
 
-def our_step(accelerator, dataset, options):
-    """A function that makes one step as train_adaptive_ddpm.py does; and the network."""
+def our_training_and_sampling(accelerator, dataset, options):
+    """Two functions: one step as train_adaptive_ddpm.py makes it, and one batch as generate.py does."""
     device = accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
@@ -150,16 +214,30 @@ def our_step(accelerator, dataset, options):
     warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
     numbers = iter(range(10**9))
     unet.train()
-    return lambda: update(next(numbers), next(batches)), accelerator.unwrap_model(unet)
+
+    sampling_unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
+    choose_kernels(sampling_unet, device, accelerator.mixed_precision, options.compile, mode="reduce-overhead")
+    pipeline = UnconditionalPipeline(sampling_unet, noise_scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    indices, steps = range(options.sampling_batch_size), options.sampling_steps
+    return lambda: update(next(numbers), next(batches)), lambda: pipeline.sample(indices, num_inference_steps=steps)
 
 
-def diffusers_step(accelerator, images, options):
-    """A function that makes one step as diffusers' script does, from its data loader to its log."""
+# diffusers'
+
+
+def their_training_and_sampling(accelerator, dataset, options):
+    """Two functions: one step as diffusers' script makes it, from its data loader to its log, and one batch by
+    `DDPMPipeline.__call__`."""
     torch.manual_seed(options.seed)
-    device, channels = accelerator.device, images.shape[1]
+    device, channels = accelerator.device, dataset.channels
+    images = [dataset[i] for i in range(min(len(dataset), options.data_images))]
     model = build_unet(options, channels, options.resolution)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     noise_scheduler = build_noise_scheduler(options)
+    sampling_unet = build_unet(options, channels, options.resolution).to(device).eval()
+    pipeline = DDPMPipeline(sampling_unet, build_noise_scheduler(options))
+    pipeline.set_progress_bar_config(disable=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     augmentations = transforms.Compose(
         [
@@ -203,7 +281,8 @@ def diffusers_step(accelerator, images, options):
         progress_bar.update(1)
         progress_bar.set_postfix(loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
 
-    return step
+    batch, steps = options.sampling_batch_size, options.sampling_steps
+    return step, lambda: pipeline(batch, num_inference_steps=steps, output_type="pt")
 
 
 def endless(loader):
@@ -211,39 +290,17 @@ def endless(loader):
         yield from loader
 
 
-# Sampling
-
-
-def compare_sampling(unet, accelerator, options):
-    """`UnconditionalPipeline.sample` against `DDPMPipeline.__call__`, of the same weights in the same precision; ours
-    with the kernels that `choose_kernels` gave the network, theirs without."""
-    plain_unet = build_unet(options, unet.config.in_channels, options.resolution).to(accelerator.device)
-    plain_unet.load_state_dict(unet.state_dict())
-    stock = DDPMPipeline(plain_unet.eval(), build_noise_scheduler(options))
-    ours = UnconditionalPipeline(unet, build_noise_scheduler(options))
-    for pipeline in (stock, ours):
-        pipeline.set_progress_bar_config(disable=True)
-    batch, steps = options.sampling_batch_size, options.sampling_steps
-
-    def in_precision(call):
-        with accelerator.autocast():
-            return call()
-
-    rounds = {
-        "ours": lambda: in_precision(lambda: ours.sample(range(batch), num_inference_steps=steps)),
-        "diffusers": lambda: in_precision(lambda: stock(batch, num_inference_steps=steps, output_type="pt")),
-    }
-    return compare(rounds, batch, options.repeats, accelerator.device)
+CONTESTANTS = {"ours": our_training_and_sampling, "diffusers": their_training_and_sampling}
 
 
 # What a step is made of
 
 
-def arithmetic(accelerator, images, options, images_per_second):
+def arithmetic(accelerator, image_shape, options, images_per_second):
     """FLOPs of a training step's network, forward and backward, and the fraction of a large matrix product's rate."""
     device = accelerator.device
-    unet = build_unet(options, images.shape[1], options.resolution).to(device)
-    batch = torch.randn(1, *images.shape[1:], device=device)
+    unet = build_unet(options, image_shape[0], options.resolution).to(device)
+    batch = torch.randn(1, *image_shape, device=device)
     with FlopCounterMode(display=False) as counter:
         unet(batch, 0, return_dict=False)[0].sum().backward()
     flops = counter.get_total_flops()
@@ -259,7 +316,7 @@ def arithmetic(accelerator, images, options, images_per_second):
     }
 
 
-def sampler_cost(method, image_shape, device, batch_size, repeats, num_train_timesteps=1000):
+def sampler_cost(method, batch_size, *, image_shape, device, repeats, num_train_timesteps=1000):
     """Milliseconds a step of drawing, of the loss and its gradient at the network's output, and of learning; for Kim et
     al., without measuring the model. What `ddpm` takes is what any method does."""
     noise_scheduler = build_noise_scheduler(TrainingOptions(ddpm_num_steps=num_train_timesteps))
@@ -283,10 +340,8 @@ def print_table(results):
     print(f"{'':34}{'median':>10}{'min':>10}{'max':>10}")
     for kind in ("training", "sampling"):
         for name, row in results[f"{kind}_images_per_second"].items():
-            if name != "peak_memory_mib":
-                print(f"{kind + ' ' + name:34}" + "".join(f"{row[key]:10.2f}" for key in ("median", "min", "max")))
-            else:
-                print(f"{kind} {json.dumps(row)} MiB at most")
+            print(f"{kind + ' ' + name:34}" + "".join(f"{row[key]:10.2f}" for key in ("median", "min", "max")))
+    print(f"peak memory, MiB: {json.dumps(results['peak_memory_mib'])}")
     print(
         "{gflop_per_image:.3f} GFLOP an image, {fraction:.1%} of a matrix product's rate".format(
             **results["arithmetic"]

@@ -1,5 +1,6 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
+from pipelines.kernels import choose_kernels, keep_freed_memory
 from pipelines.unconditional import (
     UnconditionalPipeline,
     denoising_steps,
@@ -8,4 +9,12 @@ from pipelines.unconditional import (
     to_pil,
 )
 
-__all__ = ["UnconditionalPipeline", "denoising_steps", "load_configs", "make_grid_image", "to_pil"]
+__all__ = [
+    "UnconditionalPipeline",
+    "choose_kernels",
+    "denoising_steps",
+    "keep_freed_memory",
+    "load_configs",
+    "make_grid_image",
+    "to_pil",
+]

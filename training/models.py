@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from samplers import PARTS, NoiseSchedule, epsilon_loss_scale
 
@@ -93,20 +92,6 @@ def build_noise_scheduler(options):
             "defined on the epsilon-loss, which says nothing about a network's output where there is no signal"
         )
     return noise_scheduler
-
-
-def choose_kernels(unet, device, mixed_precision, compiled):
-    """Let the network use what is fastest on a device; what it computes stays the same within rounding.
-
-    On a CPU, the backward pass of PyTorch's fused attention takes several times as long in bfloat16 as in float32, and
-    half of a training step: there, attention is two matrix products and a softmax. Compiled code chooses the memory
-    layout of convolutions itself; uncompiled, channels last would make group normalisation copy back and forth."""
-    if device.type == "cpu" and mixed_precision == "bf16":
-        for module in unet.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttnProcessor())
-    if compiled:
-        unet.compile()
 
 
 def epsilon_scale_of(noise_scheduler, device):
