@@ -1,16 +1,22 @@
 """The kernels that are chosen for a device compute what the plain ones do."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY_UNET
+from conftest import REPOSITORY, TINY_UNET
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
 
-from training.models import choose_kernels
+from pipelines import choose_kernels
+from pipelines.kernels import ChannelwiseGroupNorm, FusedUpsample2D
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+REPLACED = (nn.GroupNorm, Upsample2D)
 
 
 def unet():
@@ -18,32 +24,145 @@ def unet():
     return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **{**TINY_UNET, "dropout": 0.0})
 
 
-def attention_processors(model):
-    return {type(module.processor) for module in model.modules() if isinstance(module, Attention)}
+def chosen(device, mixed_precision, compiled):
+    """The classes of norms and upsamplers, and the attention processors, that a network is left with."""
+    model = unet()
+    model.compile = lambda mode: None
+    choose_kernels(model, device, mixed_precision, compiled)
+    layers = {type(module) for module in model.modules() if isinstance(module, REPLACED)}
+    return layers | {type(module.processor) for module in model.modules() if isinstance(module, Attention)}
 
 
-def output_and_gradient(model):
+def output_and_gradient(model, precision="no"):
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         output = model(x, torch.arange(4), return_dict=False)[0].float()
     output.square().mean().backward()
     return output.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_attention_in_bfloat16_on_a_cpu_is_plain_and_the_same_within_rounding():
-    fused, plain = unet(), unet()
-    choose_kernels(plain, CPU, "bf16", compiled=False)
-    assert attention_processors(fused) == {AttnProcessor2_0}
-    assert attention_processors(plain) == {AttnProcessor}
-    for a, b in zip(output_and_gradient(fused), output_and_gradient(plain), strict=True):
-        assert float((a - b).norm() / a.norm()) < 0.02
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("device", "precision"), [(CPU, "no"), (torch.device("cuda"), "bf16")])
-def test_elsewhere_attention_stays_as_it_is(device, precision):
-    model = unet()
-    choose_kernels(model, device, precision, compiled=False)
-    assert attention_processors(model) == {AttnProcessor2_0}
+def values_and_gradients(layer, x):
+    """[output, gradient by x, gradients by the parameters] for the same random gradient by the output."""
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    return [output, *torch.autograd.grad(output, (x, *layer.parameters()), gradient.to(output.dtype))]
+
+
+def replaced(layer, kind):
+    """A layer of another class with the same parameters."""
+    other = kind.__new__(kind)
+    other.__dict__ = layer.__dict__.copy()
+    return other
+
+
+# Which are chosen
+
+
+def test_each_device_and_precision_has_its_kernels():
+    plain = {nn.GroupNorm, Upsample2D, AttnProcessor2_0}
+    assert chosen(CPU, "no", compiled=False) == {nn.GroupNorm, FusedUpsample2D, AttnProcessor2_0}
+    assert chosen(CPU, "bf16", compiled=False) == {nn.GroupNorm, FusedUpsample2D, AttnProcessor}
+    assert chosen(CPU, "no", compiled=True) == {ChannelwiseGroupNorm, FusedUpsample2D, AttnProcessor2_0}
+    assert chosen(CUDA, "bf16", compiled=False) == plain
+    assert chosen(CUDA, "bf16", compiled=True) == plain
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 0.02)])
+def test_a_network_with_other_kernels_is_the_same_network(precision, tolerance):
+    plain, other = unet(), unet()
+    choose_kernels(other, CPU, precision, compiled=False)
+    for module in other.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = ChannelwiseGroupNorm  # as if compiled
+    assert dict(other.config) == dict(plain.config)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    for a, b in zip(output_and_gradient(other, precision), output_and_gradient(plain, precision), strict=True):
+        assert relative_error(a, b) < tolerance
+
+
+# What each computes
+
+
+@pytest.mark.parametrize("mean", [0, 100])
+@pytest.mark.parametrize("shape", [(3, 96, 8, 8), (2, 32, 5, 7), (4, 64, 10)])
+def test_group_norm_by_channels_is_group_norm(shape, mean):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(32, shape[1], eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = mean + torch.randn(shape)
+    found = values_and_gradients(replaced(norm, ChannelwiseGroupNorm), x)
+    for a, b in zip(found, values_and_gradients(norm, x), strict=True):
+        assert relative_error(a, b) < (1e-4 if mean else 1e-6)
+
+
+def test_group_norm_by_channels_of_a_constant_is_its_bias():
+    norm = ChannelwiseGroupNorm(4, 16, eps=1e-6)
+    nn.init.normal_(norm.bias)
+    x = torch.full((2, 16, 9, 9), 3.1, requires_grad=True)
+    output = norm(x)
+    output.sum().backward()
+    assert torch.allclose(output, norm.bias.view(1, -1, 1, 1).expand_as(output), atol=1e-2)
+    assert x.grad.isfinite().all()
+
+
+def test_group_norm_by_channels_is_taken_in_float32_and_keeps_the_type():
+    norm = ChannelwiseGroupNorm(4, 16)
+    x = torch.randn(2, 16, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = norm(x)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, norm(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 3), (1, 1)])
+def test_fused_upsampling_is_upsampling(size):
+    torch.manual_seed(0)
+    layer = Upsample2D(6, use_conv=True, out_channels=4)
+    x = torch.randn(2, 6, *size)
+    found = values_and_gradients(replaced(layer, FusedUpsample2D), x)
+    assert found[0].shape == (2, 4, 2 * size[0], 2 * size[1])
+    for a, b in zip(found, values_and_gradients(layer, x), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_fused_upsampling_to_a_given_size_is_plain_upsampling():
+    layer = Upsample2D(6, use_conv=True)
+    x = torch.randn(2, 6, 4, 4)
+    assert torch.equal(replaced(layer, FusedUpsample2D)(x, (7, 7)), layer(x, (7, 7)))
+
+
+FREED_AND_TAKEN_AGAIN = """
+import resource, sys, torch
+from pipelines import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+page_faults()
+print(page_faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again_without_page_faults():
+    faults = {}
+    for what in ("keep", "give back"):
+        command = [sys.executable, "-c", FREED_AND_TAKEN_AGAIN, what]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        faults[what] = int(done.stdout)
+    assert faults["keep"] < 0.01 * faults["give back"]
+
+
+# Training with them
 
 
 def test_fifty_steps_in_bfloat16_follow_those_in_float32(train):
