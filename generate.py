@@ -68,7 +68,7 @@ class GenerationOptions:
     skip_schedule: Literal["uniform", "quadratic"] = HfArg(default="uniform", help="quadratic: more near the image.")
     eta: float = HfArg(default=0.0, help="ddim only: 0 deterministic to 1 as in DDPM.")
     mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast of the network.")
-    compile: bool = HfArg(default=False, help="torch.compile the network.")
+    compile: bool = HfArg(default=False, help="torch.compile the network; on a GPU with CUDA graphs.")
 
     def __post_init__(self):
         for name in ("pipeline", "output_dir"):

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_UNET
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from pipelines import choose_kernels
+from pipelines import UnconditionalPipeline, choose_kernels
 from pipelines.kernels import ChannelwiseGroupNorm, FusedUpsample2D
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -162,7 +162,23 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert faults["keep"] < 0.01 * faults["give back"]
 
 
-# Training with them
+# Training and sampling with them
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_compiled_sampling_makes_the_same_images(device):
+    """On a GPU as a CUDA graph, whose output each step overwrites."""
+    images = []
+    for compiled in (False, True):
+        model = unet().to(device)
+        choose_kernels(model, torch.device(device), "no", compiled, mode="reduce-overhead")
+        pipeline = UnconditionalPipeline(model, DDPMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        batches = [pipeline.sample(range(i, i + 4), num_inference_steps=5) for i in (0, 4, 8)]
+        images.append(torch.cat(batches).cpu().float())
+    eager, compiled = images
+    assert eager.std() > 30
+    assert (compiled - eager).abs().mean() < 0.1
 
 
 def test_fifty_steps_in_bfloat16_follow_those_in_float32(train):
