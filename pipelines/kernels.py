@@ -43,7 +43,8 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
 
     With channels last, a group is a few neighbouring values, 3 of 96 say: too few for vector instructions, and compiled
     code is slow that takes them together. The product also keeps the [N, C] tables from being worked out anew at each
-    pixel. Sums are in float32.
+    pixel. A group's variance is the mean of its channels' and the variance of their means. Sums are in float32, and of
+    differences from a pixel, so that a large mean costs no digits; one pass over x finds them all.
     """
 
     def forward(self, x):
@@ -54,11 +55,13 @@ class ChannelwiseGroupNorm(nn.GroupNorm):
         group_mean = (group[:, None] == group) * (self.num_groups / self.num_channels)  # [C, C]
         with torch.autocast(x.device.type, enabled=False):
             values = x.float()
-            mean = values.mean(pixels) @ group_mean
-            centered = (
-                values - mean.detach()[at_each_pixel]
-            )  # the variance is least there: no gradient is lost
-            variance = centered.square().mean(pixels) @ group_mean
+            origin = values.detach()[(..., *[slice(1)] * len(pixels))]  # the first pixel: [N, C, 1, ...]
+            offsets = values - origin
+            offset = offsets.mean(pixels)
+            channel_mean = origin.flatten(1) + offset
+            channel_variance = (offsets.square().mean(pixels) - offset.square()).clamp_min(0)
+            mean = channel_mean @ group_mean
+            variance = (channel_variance + (channel_mean - mean).square()) @ group_mean
             scale = self.weight * (variance + self.eps).rsqrt()
             shift = self.bias - mean * scale
             return (values * scale[at_each_pixel] + shift[at_each_pixel]).to(x.dtype)
