@@ -45,12 +45,13 @@ class Spectrum(NamedTuple):
         return cls(axes, total(lambda some: component_powers(some, axes).sum(0)) / (N - 1))
 
 
-def component_powers(images, axes):
+def component_powers(images, axes, transform=torch.fft.fft2):
     """[N, C, H, W] the squared magnitudes of the components of `images` [N, C, H, W], of `axes` [C, C].
 
-    Their sum over an image is the sum of its squared pixels.
+    Their sum over an image is the sum of its squared pixels. With torch.fft.rfft2 as the transform, they are
+    [N, C, H, W // 2 + 1]; the others are those of the opposite frequencies again.
     """
-    components = torch.fft.fft2(torch.einsum("ac,nchw->nahw", axes, images), norm="ortho")
+    components = transform(torch.einsum("ac,nchw->nahw", axes, images), norm="ortho")
     return torch.view_as_real(components).square().sum(-1)
 
 

@@ -32,11 +32,22 @@ class WienerFilter:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         self.plain_fraction = plain_fraction
         variances, abar = spectrum.variances, schedule.alphas_cumprod
+        self._image_shape = variances.shape
         gains = (relative_gains(variances, one, 1 - one) for one in abar)
         normalizers = torch.stack([gain.sum() / gain.pow(3).sum() for gain in gains])  # 1 / <K^2>
-        self._axes, self._variances, self._signal, self._noise, self._scales = (
+        W = variances.shape[-1]
+        half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
+        opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
+        self._axes, self._variances, self._opposites, self._signal, self._noise, self._scales = (
             table.to(device, torch.float32)
-            for table in (spectrum.axes, variances, abar, 1 - abar, (1 - plain_fraction) * normalizers)
+            for table in (
+                spectrum.axes,
+                variances[..., half],
+                opposites / variances.numel(),
+                abar,
+                1 - abar,
+                (1 - plain_fraction) * normalizers,
+            )
         )
 
     def __call__(self, errors, timesteps):
@@ -45,14 +56,14 @@ class WienerFilter:
         Raises:
             ValueError: the errors are not of the shape of the images that the spectrum is of.
         """
-        if errors.shape[1:] != self._variances.shape:
+        if errors.shape[1:] != self._image_shape:
             raise ValueError(
-                f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(self._variances.shape)}"
+                f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(self._image_shape)}"
             )
         with torch.autocast(errors.device.type, enabled=False):
-            powers = component_powers(errors.float(), self._axes)
+            powers = component_powers(errors.float(), self._axes, torch.fft.rfft2)
         signal, noise, scale = (
             table[timesteps].view(-1, 1, 1, 1) for table in (self._signal, self._noise, self._scales)
         )
         counts = scale * relative_gains(self._variances, signal, noise).square() + self.plain_fraction
-        return (counts * powers).flatten(1).mean(1)
+        return (counts * self._opposites * powers).flatten(1).sum(1)

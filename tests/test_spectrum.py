@@ -187,10 +187,11 @@ def test_a_plain_fraction_of_one_and_white_data_are_plain_mean_squares():
     torch.testing.assert_close(WienerFilter(tables(), white)(errors, t), plain)
 
 
-def test_no_noise_is_plain_mean_squares_and_no_signal_has_finite_weights():
-    spectrum = Spectrum.of(smooth_images())
+@pytest.mark.parametrize("size", [7, 8])  # with an odd width, no frequency but 0 is its own opposite
+def test_no_noise_is_plain_mean_squares_and_no_signal_has_finite_weights(size):
+    spectrum = Spectrum.of(smooth_images(size=size))
     loss = WienerFilter(NoiseSchedule(torch.tensor([1.0, 0.5, 0.0]).double()), spectrum, plain_fraction=0.1)
-    errors = torch.randn(3, 3, 8, 8, requires_grad=True)
+    errors = torch.randn(3, 3, size, size, requires_grad=True)
     losses = loss(errors, torch.tensor([0, 1, 2]))
     losses.sum().backward()
     assert errors.grad.isfinite().all()
