@@ -6,14 +6,15 @@
 Both train the same network on the same images with the same batch and precision, each in a process of its own (what
 `keep_freed_memory` changes, it changes for a whole process), taking turns after a warm-up of each: ours is
 `TrainingStep`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of diffusers'
-examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data pipeline. All options
-are those of the training script. It prints, too, what each timestep sampler costs a step, and how much of the device's
-rate of matrix multiplication the network's arithmetic reaches.
+examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data pipeline. That script
+does not compile: `--compile` is for ours alone. All options are those of the training script. It prints, too, what each
+timestep sampler costs a step, and how much of the device's rate of matrix multiplication the network's arithmetic
+reaches.
 """
 
 import json
 import multiprocessing
-import resource
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -58,12 +59,17 @@ class ThroughputOptions(TrainingOptions):
     steps_per_repeat: int = HfArg(default=10, help="Training steps a round.")
     sampling_batch_size: int = HfArg(default=64, help="Images of a sampling round.")
     sampling_steps: int = HfArg(default=20, help="Denoising steps of a sampling round.")
-    data_images: int = HfArg(default=4096, help="Of the data set, that both train on.")
+    data_images: int = HfArg(default=4096, help="Of the data set, that diffusers' script is given.")
 
 
 def main(options):
     with one_line_errors(ValueError, OSError):
         dataset = open_images(options.dataset_name, resolution=options.resolution, cache_dir=options.cache_dir)
+    if min(len(dataset), options.data_images) < options.train_batch_size:
+        raise SystemExit(
+            f"--data_images {options.data_images}, of {len(dataset)}: must be at least --train_batch_size "
+            f"({options.train_batch_size})"
+        )
     options.resolution = dataset.resolution
 
     with ExitStack() as stack:
@@ -119,11 +125,12 @@ class Contestant:
 
     def __init__(self, name, options):
         context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=contest, args=(name, options, other))
+        self.pipe, self.other_end = context.Pipe()
+        self.process = context.Process(target=contest, args=(name, options, self.other_end))
 
     def __enter__(self):
         self.process.start()
+        self.other_end.close()  # the process has its own: if that closes, we hear of it
         self.ask("training")  # built, and compiled, before the next one begins
         return self
 
@@ -133,11 +140,11 @@ class Contestant:
 
     def ask(self, what):
         """Seconds of a round of "training" or "sampling"; or the peak "memory" so far, in MiB."""
-        self.pipe.send(what)
-        while not self.pipe.poll(0.1):
-            if not self.process.is_alive():
-                raise SystemExit("a contestant has failed, as told above")
-        return self.pipe.recv()
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise SystemExit("a contestant has failed, as told above") from None
 
 
 def contest(name, options, pipe):
@@ -167,10 +174,13 @@ def contest(name, options, pipe):
 
 
 def peak_memory(device):
-    """MiB that tensors have taken up on a GPU, or that the process has on a CPU, at most."""
+    """MiB that tensors have taken up on a GPU, or that the process has on a CPU (None but on Linux), at most."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)  # Linux counts in KiB
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text()  # getrusage would count the process that started this one
+    return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
 
 
 def compare(contestants, what, images_a_round, repeats):
@@ -297,9 +307,11 @@ CONTESTANTS = {"ours": our_training_and_sampling, "diffusers": their_training_an
 
 
 def arithmetic(accelerator, image_shape, options, images_per_second):
-    """FLOPs of a training step's network, forward and backward, and the fraction of a large matrix product's rate."""
+    """FLOPs of a training step's network, forward and backward, and the fraction of a large matrix product's rate
+    (which small convolutions may exceed)."""
     device = accelerator.device
     unet = build_unet(options, image_shape[0], options.resolution).to(device)
+    choose_kernels(unet, device, accelerator.mixed_precision, compiled=False)
     batch = torch.randn(1, *image_shape, device=device)
     with FlopCounterMode(display=False) as counter:
         unet(batch, 0, return_dict=False)[0].sum().backward()

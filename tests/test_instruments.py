@@ -117,7 +117,17 @@ def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
         ratio = rates["ours"]["median"] / rates["diffusers"]["median"]
         assert rates["ours_over_diffusers"]["median"] == pytest.approx(ratio, rel=1e-6)
     assert set(results["sampler_milliseconds"]) == set(METHODS)
-    assert 0 < results["arithmetic"]["fraction"] < 1
+    assert results["arithmetic"]["fraction"] > 0
+    assert all(memory > 100 for memory in results["peak_memory_mib"].values())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--data_images", "8", "--train_batch_size", "16"], ["--unet", '{"norm_num_groups": 5}']]
+)
+def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags):
+    options = parse_options(throughput.ThroughputOptions, ["--resolution", "8", *flags])
+    with pytest.raises(SystemExit, match=r"--data_images 8, of 1797: must be at least|a contestant has failed"):
+        throughput.main(options)
 
 
 def test_the_run_costs_benchmark_runs(tmp_path):
