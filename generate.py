@@ -32,7 +32,6 @@ from pipelines import (
     UnconditionalPipeline,
     choose_kernels,
     denoising_steps,
-    keep_freed_memory,
     load_configs,
     make_grid_image,
 )
@@ -88,9 +87,6 @@ def main(argv=None):
     # another: the default timeout of ten minutes would end the run.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))
-
-    if state.device.type == "cpu":
-        keep_freed_memory()
 
     # Refuse what cannot work before any weights are read
     options = on_main(state, lambda: read_options(argv, state.device))

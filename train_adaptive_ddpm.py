@@ -23,7 +23,7 @@ from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
 from image_data import BadImage, open_images, training_batches
-from pipelines import UnconditionalPipeline, choose_kernels, keep_freed_memory, make_grid_image
+from pipelines import UnconditionalPipeline, choose_kernels, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (
     ERROR_FILTERS,
@@ -220,8 +220,6 @@ def main(options):
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     clock = PhaseClock(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     torch.backends.cudnn.benchmark = True
@@ -333,7 +331,6 @@ def main(options):
         use_ema_warmup=True,
         inv_gamma=options.ema_inv_gamma,
         power=options.ema_power,
-        foreach=True,
     )
     accelerator.register_for_checkpointing(lr_scheduler, ema)
 

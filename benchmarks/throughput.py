@@ -8,8 +8,8 @@ Both train the same network on the same images with the same batch and precision
 `TrainingStep`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of diffusers'
 examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data pipeline. That script
 does not compile: `--compile` is for ours alone. All options are those of the training script. It prints, too, what each
-timestep sampler costs a step, and how much of the device's rate of matrix multiplication the network's arithmetic
-reaches.
+timestep sampler costs a step, how much of the device's rate of matrix multiplication the network's arithmetic reaches,
+and the convolutions' share of a step.
 """
 
 import json
@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DTYPES
 from image_data import open_images, training_batches
-from pipelines import UnconditionalPipeline, choose_kernels, keep_freed_memory, to_pil
+from pipelines import UnconditionalPipeline, choose_kernels, to_pil
 from recipes import one_line_errors, parse_options
 from samplers import METHODS, make_timestep_sampler
 from train_adaptive_ddpm import TrainingOptions
@@ -78,6 +78,7 @@ def main(options):
         training = compare(contestants, "training", images_a_round, options.repeats)
         memory = {name: contestant.ask("memory") for name, contestant in contestants.items()}
         sampling = compare(contestants, "sampling", options.sampling_batch_size, options.repeats)
+        convolutions = contestants["ours"].ask("convolutions")
 
     accelerator = make_accelerator(options)
     device, image_shape = accelerator.device, dataset[0].shape
@@ -88,6 +89,7 @@ def main(options):
         "peak_memory_mib": memory,
         "sampling_images_per_second": sampling,
         "arithmetic": arithmetic(accelerator, image_shape, options, training["ours"]["median"]),
+        "convolutions_share_of_step": convolutions,
         "sampler_milliseconds": {method: cost(method, batch_size) for method in METHODS},
         "adaptive_milliseconds": {
             f"T={T}, batch {batch}": cost("adaptive", batch, num_train_timesteps=T)
@@ -139,7 +141,8 @@ class Contestant:
         self.process.join()
 
     def ask(self, what):
-        """Seconds of a round of "training" or "sampling"; or the peak "memory" so far, in MiB."""
+        """Seconds of a round of "training" or "sampling"; the peak "memory" so far, in MiB; or the share of a training
+        step that "convolutions" take."""
         try:
             self.pipe.send(what)
             return self.pipe.recv()
@@ -165,7 +168,11 @@ def contest(name, options, pipe):
         "training": partial(seconds_of, steps),
         "sampling": partial(seconds_of, samples),
         "memory": partial(peak_memory, accelerator.device),
+        "convolutions": partial(share_of_convolutions, steps, accelerator.device),
     }
+    steps()  # compiling and tuning take memory of their own
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         while True:
             pipe.send(answers[pipe.recv()]())
@@ -183,6 +190,17 @@ def peak_memory(device):
     return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
 
 
+def share_of_convolutions(steps, device):
+    """Of the time of all operations, forward and backward, by a profile."""
+    with torch.profiler.profile() as profile:
+        steps()
+    seconds = {
+        event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    return sum(time for name, time in seconds.items() if "convolution" in name) / sum(seconds.values())
+
+
 def compare(contestants, what, images_a_round, repeats):
     """Images per second of each, and their ratio in rounds that stood beside each other."""
     seconds = interleaved({name: partial(one.ask, what) for name, one in contestants.items()}, repeats)
@@ -197,8 +215,6 @@ def compare(contestants, what, images_a_round, repeats):
 def our_training_and_sampling(accelerator, dataset, options):
     """Two functions: one step as train_adaptive_ddpm.py makes it, and one batch as generate.py does."""
     device = accelerator.device
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(options.seed)
     unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     noise_scheduler = build_noise_scheduler(options)
@@ -210,7 +226,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
     choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = WeightAverage(unet.parameters(), use_ema_warmup=True, power=options.ema_power, foreach=True)
+    ema = WeightAverage(unet.parameters(), use_ema_warmup=True, power=options.ema_power)
     meter = LossMeter(noise_scheduler.config.num_train_timesteps, device)
     guard = NonFiniteGuard(optimizer.optimizer, device, False, options.max_nonfinite_steps)
     batches = training_batches(
@@ -359,6 +375,7 @@ def print_table(results):
             **results["arithmetic"]
         )
     )
+    print(f"convolutions take {results['convolutions_share_of_step']:.0%} of a step")
     for name, cost in {**results["sampler_milliseconds"], **results["adaptive_milliseconds"]}.items():
         print(f"{name:34}{cost:10.3f} ms, {cost / results['step_milliseconds']:.2%} of a step")
 

@@ -1,6 +1,6 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
-from pipelines.kernels import choose_kernels, keep_freed_memory
+from pipelines.kernels import choose_kernels
 from pipelines.unconditional import (
     UnconditionalPipeline,
     denoising_steps,
@@ -13,7 +13,6 @@ __all__ = [
     "UnconditionalPipeline",
     "choose_kernels",
     "denoising_steps",
-    "keep_freed_memory",
     "load_configs",
     "make_grid_image",
     "to_pil",

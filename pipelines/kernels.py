@@ -2,12 +2,14 @@
 
 import ctypes
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.upsampling import Upsample2D
-from torch import nn
+
+from pipelines.group_norm import fuse_group_norms
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -15,56 +17,29 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def choose_kernels(unet, device, mixed_precision, compiled, mode=None):
     """Let the network use what is fastest on a device.
 
-    On a CPU, `FusedUpsample2D` halves the time of upsampling. The backward pass of PyTorch's fused attention takes
-    several times as long in bfloat16 as in float32, and half of a training step: there, attention is two matrix
-    products and a softmax. Compiled code chooses the memory layout of convolutions itself, channels last, in which
-    `ChannelwiseGroupNorm` is several times as fast as PyTorch's; uncompiled, group normalisation would copy back and
-    forth between layouts.
+    On a CPU, the process keeps the memory it has freed, and `FusedUpsample2D` halves the time of upsampling. The
+    backward pass of PyTorch's fused attention takes several times as long in bfloat16 as in float32, and half of a
+    training step: there, attention is two matrix products and a softmax. Compiled code chooses the memory layout of
+    convolutions itself, channels last, in which `FusedGroupNorm` is several times as fast as PyTorch's; uncompiled,
+    group normalisation would copy back and forth between layouts.
 
     Args:
-        unet: a `UNet2DModel`, changed in place; its weights and config are not.
+        unet: a `UNet2DModel` on the device, changed in place; its weights and config are not.
         mixed_precision: "no", "bf16" or "fp16".
         compiled: compile it, at its first call.
         mode: of `torch.compile`; "reduce-overhead" for CUDA graphs, which suit sampling.
     """
-    for module in unet.modules() if device.type == "cpu" else ():
-        if type(module) is Upsample2D and module.use_conv:
-            module.__class__ = FusedUpsample2D
-        if type(module) is nn.GroupNorm and compiled:
-            module.__class__ = ChannelwiseGroupNorm
-        if isinstance(module, Attention) and mixed_precision == "bf16":
-            module.set_processor(AttnProcessor())
+    if device.type == "cpu":
+        keep_freed_memory()
+        for module in unet.modules():
+            if type(module) is Upsample2D and module.use_conv:
+                module.__class__ = FusedUpsample2D
+            if isinstance(module, Attention) and mixed_precision == "bf16":
+                module.set_processor(AttnProcessor())
+        if compiled:
+            fuse_group_norms(unet)
     if compiled:
         unet.compile(mode=mode)
-
-
-class ChannelwiseGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that adds up each channel by itself, and then the channels of a group by a matrix product.
-
-    With channels last, a group is a few neighbouring values, 3 of 96 say: too few for vector instructions, and compiled
-    code is slow that takes them together. The product also keeps the [N, C] tables from being worked out anew at each
-    pixel. A group's variance is the mean of its channels' and the variance of their means. Sums are in float32, and of
-    differences from a pixel, so that a large mean costs no digits; one pass over x finds them all.
-    """
-
-    def forward(self, x):
-        """[N, C, ...] -> the same shape and type."""
-        pixels = tuple(range(2, x.ndim))
-        at_each_pixel = (..., *[None] * len(pixels))
-        group = torch.arange(self.num_channels, device=x.device) // (self.num_channels // self.num_groups)
-        group_mean = (group[:, None] == group) * (self.num_groups / self.num_channels)  # [C, C]
-        with torch.autocast(x.device.type, enabled=False):
-            values = x.float()
-            origin = values.detach()[(..., *[slice(1)] * len(pixels))]  # the first pixel: [N, C, 1, ...]
-            offsets = values - origin
-            offset = offsets.mean(pixels)
-            channel_mean = origin.flatten(1) + offset
-            channel_variance = (offsets.square().mean(pixels) - offset.square()).clamp_min(0)
-            mean = channel_mean @ group_mean
-            variance = (channel_variance + (channel_mean - mean).square()) @ group_mean
-            scale = self.weight * (variance + self.eps).rsqrt()
-            shift = self.bias - mean * scale
-            return (values * scale[at_each_pixel] + shift[at_each_pixel]).to(x.dtype)
 
 
 class FusedUpsample2D(Upsample2D):
@@ -81,7 +56,11 @@ class FusedUpsample2D(Upsample2D):
             return super().forward(hidden_states, output_size)
         weight = F.pad(self.conv.weight.flip(2, 3), [1, 1, 1, 1])
         weight = 4 * F.avg_pool2d(weight, kernel_size=2, stride=1)
-        return F.conv_transpose2d(hidden_states, weight.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        convolution = partial(F.conv_transpose2d, hidden_states, weight.transpose(0, 1), stride=2, padding=1)
+        if torch.compiler.is_compiling():
+            # Its gradient by a bias takes longer than the other two together; compiled, an addition costs nothing.
+            return convolution() + self.conv.bias.to(hidden_states.dtype)[:, None, None]
+        return convolution(bias=self.conv.bias)
 
 
 def keep_freed_memory():

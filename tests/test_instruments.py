@@ -117,16 +117,46 @@ def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
         ratio = rates["ours"]["median"] / rates["diffusers"]["median"]
         assert rates["ours_over_diffusers"]["median"] == pytest.approx(ratio, rel=1e-6)
     assert set(results["sampler_milliseconds"]) == set(METHODS)
-    assert results["arithmetic"]["fraction"] > 0
+    assert 0.1 < results["convolutions_share_of_step"] < 0.9
     assert all(memory > 100 for memory in results["peak_memory_mib"].values())
 
 
+def test_the_arithmetic_of_a_step_is_that_of_its_convolutions_and_products():
+    """Without attention: as much again for the gradients by weights and by inputs, but for the first layers' inputs."""
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
+    flags = ["--dataset_name", "digits", "--resolution", "8", "--unet", json.dumps(TINY_UNET | blocks)]
+    options = parse_options(throughput.ThroughputOptions, flags)
+    unet = throughput.build_unet(options, channels=1, resolution=8)
+    forward = {}
+
+    def count(layer, _, output):
+        forward[layer] = 2 * layer.weight[0].numel() * output.numel()
+
+    for layer in unet.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(count)
+    unet(torch.randn(1, 1, 8, 8), 0)
+    for block in unet.up_blocks:
+        for upsampler in block.upsamplers or ():
+            forward[upsampler.conv] *= 4 / 9
+    first_layers = forward[unet.conv_in] + forward[unet.time_embedding.linear_1]
+    expected = 3 * sum(forward.values()) - first_layers
+
+    found = throughput.arithmetic(throughput.make_accelerator(options), (1, 8, 8), options, images_per_second=500)
+    assert found["gflop_per_image"] == pytest.approx(expected / 1e9, rel=1e-6)
+    assert found["fraction"] == pytest.approx(500 * expected / 1e12 / found["matrix_product_tflop_per_second"])
+
+
 @pytest.mark.parametrize(
-    "flags", [["--data_images", "8", "--train_batch_size", "16"], ["--unet", '{"norm_num_groups": 5}']]
+    ("flags", "message"),
+    [
+        (["--data_images", "8", "--train_batch_size", "16"], r"--data_images 8, of 1797: must be at least"),
+        (["--unet", '{"norm_num_groups": 5}'], "a contestant has failed"),
+    ],
 )
-def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags):
+def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags, message):
     options = parse_options(throughput.ThroughputOptions, ["--resolution", "8", *flags])
-    with pytest.raises(SystemExit, match=r"--data_images 8, of 1797: must be at least|a contestant has failed"):
+    with pytest.raises(SystemExit, match=message):
         throughput.main(options)
 
 

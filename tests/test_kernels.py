@@ -14,7 +14,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from pipelines import UnconditionalPipeline, choose_kernels
-from pipelines.kernels import ChannelwiseGroupNorm, FusedUpsample2D
+from pipelines.group_norm import FusedGroupNorm, fuse_group_norms
+from pipelines.kernels import FusedUpsample2D
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REPLACED = (nn.GroupNorm, Upsample2D)
@@ -68,7 +69,7 @@ def test_each_device_and_precision_has_its_kernels():
     plain = {nn.GroupNorm, Upsample2D, AttnProcessor2_0}
     assert chosen(CPU, "no", compiled=False) == {nn.GroupNorm, FusedUpsample2D, AttnProcessor2_0}
     assert chosen(CPU, "bf16", compiled=False) == {nn.GroupNorm, FusedUpsample2D, AttnProcessor}
-    assert chosen(CPU, "no", compiled=True) == {ChannelwiseGroupNorm, FusedUpsample2D, AttnProcessor2_0}
+    assert chosen(CPU, "no", compiled=True) == {FusedGroupNorm, FusedUpsample2D, AttnProcessor2_0}
     assert chosen(CUDA, "bf16", compiled=False) == plain
     assert chosen(CUDA, "bf16", compiled=True) == plain
 
@@ -77,9 +78,8 @@ def test_each_device_and_precision_has_its_kernels():
 def test_a_network_with_other_kernels_is_the_same_network(precision, tolerance):
     plain, other = unet(), unet()
     choose_kernels(other, CPU, precision, compiled=False)
-    for module in other.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = ChannelwiseGroupNorm  # as if compiled
+    fuse_group_norms(other)  # as if compiled
+    assert not any(isinstance(module, nn.SiLU) for block in other.down_blocks for module in block.modules())
     assert dict(other.config) == dict(plain.config)
     assert list(other.state_dict()) == list(plain.state_dict())
     for a, b in zip(output_and_gradient(other, precision), output_and_gradient(plain, precision), strict=True):
@@ -89,22 +89,36 @@ def test_a_network_with_other_kernels_is_the_same_network(precision, tolerance):
 # What each computes
 
 
-@pytest.mark.parametrize("mean", [0, 100])
-@pytest.mark.parametrize("shape", [(3, 96, 8, 8), (2, 32, 5, 7), (4, 64, 10)])
-def test_group_norm_by_channels_is_group_norm(shape, mean):
+def fused(norm, activated=False):
+    """A `FusedGroupNorm` with the parameters of a norm."""
+    layer = replaced(norm, FusedGroupNorm)
+    layer.activated = activated
+    return layer
+
+
+def group_norm(num_groups, num_channels, eps=1e-6):
+    """With random parameters."""
     torch.manual_seed(0)
-    norm = nn.GroupNorm(32, shape[1], eps=1e-6)
+    norm = nn.GroupNorm(num_groups, num_channels, eps=eps)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("mean", [0, 100])
+@pytest.mark.parametrize("shape", [(3, 96, 8, 8), (2, 32, 5, 7), (4, 64, 10)])
+def test_fused_group_norm_is_group_norm_and_silu(shape, mean, activated):
+    norm = group_norm(32, shape[1])
     x = mean + torch.randn(shape)
-    found = values_and_gradients(replaced(norm, ChannelwiseGroupNorm), x)
-    for a, b in zip(found, values_and_gradients(norm, x), strict=True):
-        assert relative_error(a, b) < (1e-4 if mean else 1e-6)
+    found = values_and_gradients(fused(norm, activated), x)
+    expected = values_and_gradients(nn.Sequential(norm, nn.SiLU()) if activated else norm, x)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < (1e-4 if mean else 2e-6)
 
 
-def test_group_norm_by_channels_of_a_constant_is_its_bias():
-    norm = ChannelwiseGroupNorm(4, 16, eps=1e-6)
-    nn.init.normal_(norm.bias)
+def test_fused_group_norm_of_a_constant_is_its_bias():
+    norm = fused(group_norm(4, 16))
     x = torch.full((2, 16, 9, 9), 3.1, requires_grad=True)
     output = norm(x)
     output.sum().backward()
@@ -112,13 +126,35 @@ def test_group_norm_by_channels_of_a_constant_is_its_bias():
     assert x.grad.isfinite().all()
 
 
-def test_group_norm_by_channels_is_taken_in_float32_and_keeps_the_type():
-    norm = ChannelwiseGroupNorm(4, 16)
+def test_fused_group_norm_of_large_values_is_finite():
+    """The exponential of its SiLU overflows."""
+    norm = fused(nn.GroupNorm(4, 16), activated=True)
+    nn.init.constant_(norm.weight, 1e4)
+    x = torch.randn(2, 16, 9, 9, requires_grad=True)
+    output = norm(x)
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert output.max() > 1e4
+
+
+def test_fused_group_norm_is_taken_in_float32_and_keeps_the_type():
+    norm = fused(group_norm(4, 16), activated=True)
     x = torch.randn(2, 16, 8, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        output = norm(x)
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(output, norm(x.float()).bfloat16())
+        found = values_and_gradients(norm, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, values_and_gradients(norm, x), strict=True))
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(found[0], norm(x.float()).bfloat16())
+
+
+def test_activations_that_are_not_silu_stay_where_they_are():
+    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **TINY_UNET, act_fn="gelu")
+    fuse_group_norms(model)
+    norms = [module for module in model.modules() if isinstance(module, FusedGroupNorm)]
+    activated = [norm for norm in norms if norm.activated]
+    assert activated == [model.conv_norm_out]  # which UNet2DModel follows by SiLU, whatever `act_fn`
+    assert isinstance(model.mid_block.resnets[0].nonlinearity, nn.GELU)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 3), (1, 1)])
@@ -140,7 +176,7 @@ def test_fused_upsampling_to_a_given_size_is_plain_upsampling():
 
 FREED_AND_TAKEN_AGAIN = """
 import resource, sys, torch
-from pipelines import keep_freed_memory
+from pipelines.kernels import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def page_faults():

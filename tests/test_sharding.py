@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 
 WORKER = """
 import copy
+import os
 import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,7 @@ if sharded:
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 guard = NonFiniteGuard(optimizer, "cpu", scaled=False, max_in_row=5)
-ema = WeightAverage(model.parameters(), use_ema_warmup=True, foreach=True)
+ema = WeightAverage(model.parameters(), use_ema_warmup=True)
 
 
 def train(steps):
@@ -43,7 +44,7 @@ def train(steps):
 train(4)
 state = copy.deepcopy(ema.state_dict())  # a state dict shares memory with what it is the state of
 train(3)
-fresh = WeightAverage(model.parameters(), use_ema_warmup=True, foreach=True)
+fresh = WeightAverage(model.parameters(), use_ema_warmup=True)
 fresh.load_state_dict(state)
 restored = [whole(p).clone() for p in fresh.shadow_params]
 fresh.step(model.parameters())
@@ -55,6 +56,9 @@ out = {
 }
 if not sharded or torch.distributed.get_rank() == 0:
     torch.save(out, f"{folder}/{sys.argv[2]}.pt")
+if sharded:
+    torch.distributed.barrier()
+    os._exit(0)  # PyTorch's threads may outlive the interpreter's end, which then aborts, once in ten times or less
 """
 
 

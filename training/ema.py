@@ -2,11 +2,18 @@
 
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, whose state is that of whole tensors even where the weights are sharded (FSDP2), so that
     `accelerator.register_for_checkpointing` saves it once and any number of processes can take it up."""
+
+    def step(self, parameters):
+        """As `EMAModel`'s, in one pass over the weights instead of two."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        get_ema_multi_avg_fn(self.cur_decay_value)(self.shadow_params, list(parameters), None)
 
     def state_dict(self):
         """As `EMAModel`'s. With sharded weights a collective: all processes must call it."""
