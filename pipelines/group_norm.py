@@ -84,7 +84,8 @@ class GroupNormSiLU(torch.autograd.Function):
         num_groups, pixels = mean.shape[1], tuple(range(2, x.ndim))
         values, g = x.float(), gradient.float()
         if ctx.activated:
-            y = values * at_each_pixel(scale, x) + at_each_pixel(shift, x)
+            # The other way round than above: what both passes have in common would be kept, in float32.
+            y = at_each_pixel(shift, x) + at_each_pixel(scale, x) * values
             g = g * sigmoid(y) * (1 + y * (1 - sigmoid(y)))
         sums, sums_by_x = g.sum(pixels), (g * values).sum(pixels)  # [N, C]
 

@@ -148,6 +148,17 @@ def test_fused_group_norm_is_taken_in_float32_and_keeps_the_type():
     assert torch.equal(found[0], norm(x.float()).bfloat16())
 
 
+def test_compiled_group_norm_keeps_nothing_in_float32_for_the_backward_pass():
+    layers = (nn.Conv2d(3, 16, 3, padding=1), fused(group_norm(4, 16), activated=True), nn.Conv2d(16, 4, 1))
+    network = torch.compile(nn.Sequential(*layers), backend="aot_eager_decomp_partition")
+    kept = []
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        network(torch.randn(2, 3, 8, 8))
+    images = [tensor for tensor in kept if tensor is not None and tensor.shape[2:] == (8, 8)]
+    assert {tensor.dtype for tensor in images} == {torch.bfloat16}
+    assert len(images) == 3  # the inputs of the three layers
+
+
 def test_activations_that_are_not_silu_stay_where_they_are():
     model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **TINY_UNET, act_fn="gelu")
     fuse_group_norms(model)
