@@ -67,7 +67,7 @@ def keep_freed_memory():
     """Let glibc keep what is freed, for the whole process, until it ends; elsewhere, do nothing.
 
     By default it gives large blocks back to the system at once. Each activation of a network on a CPU is then made of
-    new pages again, which the system clears one by one: a tenth to a fifth of a step."""
+    new pages again, which the system clears one by one."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
