@@ -30,6 +30,7 @@ from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from timing import interleaved, seconds_of, summary, time_interleaved
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from tqdm.auto import tqdm
@@ -197,6 +198,7 @@ def share_of_convolutions(steps, device):
     seconds = {
         event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         for event in profile.key_averages()
+        if event.device_type == DeviceType.CPU  # operations, and not once more the kernels that they launch
     }
     return sum(time for name, time in seconds.items() if "convolution" in name) / sum(seconds.values())
 
