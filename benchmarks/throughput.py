@@ -171,8 +171,8 @@ def contest(name, options, pipe):
         "memory": partial(peak_memory, accelerator.device),
         "convolutions": partial(share_of_convolutions, steps, accelerator.device),
     }
-    steps()  # compiling and tuning take memory of their own
     if accelerator.device.type == "cuda":
+        steps()  # compiling and tuning take memory of their own
         torch.cuda.reset_peak_memory_stats()
     try:
         while True:
@@ -182,7 +182,7 @@ def contest(name, options, pipe):
 
 
 def peak_memory(device):
-    """MiB that tensors have taken up on a GPU, or that the process has on a CPU (None but on Linux), at most."""
+    """MiB at most: of tensors on a GPU, after compilation; of the process on a CPU, all in all (None but on Linux)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     if sys.platform != "linux":
@@ -192,15 +192,15 @@ def peak_memory(device):
 
 
 def share_of_convolutions(steps, device):
-    """Of the time of all operations, forward and backward, by a profile."""
+    """Of the time of all operations, forward and backward, by a profile. On a GPU, of all kernels' time."""
     with torch.profiler.profile() as profile:
         steps()
-    seconds = {
-        event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        for event in profile.key_averages()
-        if event.device_type == DeviceType.CPU  # operations, and not once more the kernels that they launch
-    }
-    return sum(time for name, time in seconds.items() if "convolution" in name) / sum(seconds.values())
+    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = profile.key_averages()
+    operations = [event for event in events if event.device_type == DeviceType.CPU]  # which launch the GPU's kernels
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA] or operations
+    convolutions = [event for event in operations if "convolution" in event.key]
+    return sum(getattr(event, time) for event in convolutions) / sum(getattr(event, time) for event in kernels)
 
 
 def compare(contestants, what, images_a_round, repeats):

@@ -51,14 +51,15 @@ class GroupNormSiLU(torch.autograd.Function):
     say: too few for vector instructions, so that sums over pixels are by channel. Each pass over the pixels is y = x
     * scale + shift and little more; matrix products make these [N, C] tables, because what they make is not worked
     out anew at each pixel. What reads more than four tensors, or takes an exponential, and is used twice, Inductor
-    writes to memory in float32, which takes longer than to make it twice: hence no more than four, and `sigmoid`.
+    writes to memory in float32, which takes longer than to make it twice: hence no more than four, and `sigmoid`
+    (`realize_reads_threshold` and `heavy_ops` in torch/_inductor).
     """
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, x, weight, bias, num_groups, eps, activated):
         pixels = tuple(range(2, x.ndim))
-        values = x.float()
+        values, weight, bias = x.float(), weight.float(), bias.float()
         # Differences from a pixel, so that a large mean costs no digits; one pass adds up both sums.
         origin = values[(..., *[slice(1)] * len(pixels))]
         offsets = values - origin

@@ -59,7 +59,8 @@ class FusedUpsample2D(Upsample2D):
         convolution = partial(F.conv_transpose2d, hidden_states, weight.transpose(0, 1), stride=2, padding=1)
         if torch.compiler.is_compiling():
             # Its gradient by a bias takes longer than the other two together; compiled, an addition costs nothing.
-            return convolution() + self.conv.bias.to(hidden_states.dtype)[:, None, None]
+            output = convolution()
+            return output + self.conv.bias.to(output.dtype)[:, None, None]
         return convolution(bias=self.conv.bias)
 
 

@@ -79,6 +79,7 @@ def test_a_network_with_other_kernels_is_the_same_network(precision, tolerance):
     plain, other = unet(), unet()
     choose_kernels(other, CPU, precision, compiled=False)
     fuse_group_norms(other)  # as if compiled
+    other.compile(backend="aot_eager")  # traced in the same way, without the wait for a C++ compiler
     assert not any(isinstance(module, nn.SiLU) for block in other.down_blocks for module in block.modules())
     assert dict(other.config) == dict(plain.config)
     assert list(other.state_dict()) == list(plain.state_dict())
@@ -138,6 +139,13 @@ def test_fused_group_norm_of_large_values_is_finite():
     assert output.max() > 1e4
 
 
+def test_fused_group_norm_takes_weights_in_bfloat16():
+    norm, x = group_norm(4, 16).bfloat16(), torch.randn(2, 16, 8, 8).bfloat16()
+    for a, b in zip(values_and_gradients(fused(norm), x), values_and_gradients(norm, x), strict=True):
+        assert a.dtype == b.dtype
+        assert relative_error(a.float(), b.float()) < 0.01
+
+
 def test_fused_group_norm_is_taken_in_float32_and_keeps_the_type():
     norm = fused(group_norm(4, 16), activated=True)
     x = torch.randn(2, 16, 8, 8).bfloat16()
@@ -168,8 +176,10 @@ def test_activations_that_are_not_silu_stay_where_they_are():
     assert isinstance(model.mid_block.resnets[0].nonlinearity, nn.GELU)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (5, 3), (1, 1)])
-def test_fused_upsampling_is_upsampling(size):
+def test_fused_upsampling_is_upsampling(size, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     layer = Upsample2D(6, use_conv=True, out_channels=4)
     x = torch.randn(2, 6, *size)
@@ -177,6 +187,13 @@ def test_fused_upsampling_is_upsampling(size):
     assert found[0].shape == (2, 4, 2 * size[0], 2 * size[1])
     for a, b in zip(found, values_and_gradients(layer, x), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_fused_upsampling_under_autocast_is_in_bfloat16(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FusedUpsample2D(6, use_conv=True)(torch.randn(2, 6, 4, 4)).dtype == torch.bfloat16
 
 
 def test_fused_upsampling_to_a_given_size_is_plain_upsampling():

@@ -58,7 +58,7 @@ if not sharded or torch.distributed.get_rank() == 0:
     torch.save(out, f"{folder}/{sys.argv[2]}.pt")
 if sharded:
     torch.distributed.barrier()
-    os._exit(0)  # PyTorch's threads may outlive the interpreter's end, which then aborts, once in ten times or less
+    os._exit(0)  # PyTorch's threads may outlive the interpreter's end, which then aborts: in up to one run of ten
 """
 
 

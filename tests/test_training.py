@@ -12,6 +12,7 @@ import torch
 import torch_fidelity
 from conftest import ADAPTING, REPOSITORY, SHARED, TINY, TINY_UNET
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from feature_extractors import load_extractor
 from image_data import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
+from training.ema import WeightAverage
 from training.models import epsilon_errors, epsilon_scale_of
 
 # Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
@@ -249,6 +251,20 @@ def test_fifty_compiled_steps_match_eager_ones(train):
         curves = [np.array([record[name] for record in run.metrics]) for run in (compiled, eager)]
         np.testing.assert_allclose(*curves, rtol=1e-3, err_msg=name)
     assert "warm_up" in json.loads((compiled.folder / "training_summary.json").read_text())["seconds"]
+
+
+def test_the_average_of_weights_is_that_of_diffusers():
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,)]]
+    ours, theirs = (kind(weights, use_ema_warmup=True, power=0.75) for kind in (WeightAverage, EMAModel))
+    for _ in range(20):
+        for weight in weights:
+            weight.data += torch.randn(weight.shape)
+        ours.step(weights)
+        theirs.step(weights)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    torch.testing.assert_close(state.pop("shadow_params"), expected.pop("shadow_params"))
+    assert state == expected
+    assert ours.cur_decay_value == theirs.cur_decay_value > 0.8
 
 
 def test_bf16_trains(train):

@@ -10,7 +10,7 @@ class WeightAverage(EMAModel):
     `accelerator.register_for_checkpointing` saves it once and any number of processes can take it up."""
 
     def step(self, parameters):
-        """As `EMAModel`'s, in one pass over the weights instead of two."""
+        """As `EMAModel`'s, in one pass over the weights instead of two. All are trained, and of the average's type."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         get_ema_multi_avg_fn(self.cur_decay_value)(self.shadow_params, list(parameters), None)
