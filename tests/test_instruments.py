@@ -118,6 +118,7 @@ def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
         ratio = rates["ours"]["median"] / rates["diffusers"]["median"]
         assert rates["ours_over_diffusers"]["median"] == pytest.approx(ratio, rel=1e-6)
     assert set(results["sampler_milliseconds"]) == set(METHODS)
+    assert 0 < results["arithmetic"]["fraction"] < 1
     assert 0 < results["convolutions_share_of_step"] < 1
     assert all(memory > 100 for memory in results["peak_memory_mib"].values())
 

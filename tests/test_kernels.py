@@ -97,10 +97,10 @@ def fused(norm, activated=False):
     return layer
 
 
-def group_norm(num_groups, num_channels, eps=1e-6):
+def group_norm(num_groups, num_channels):
     """With random parameters."""
     torch.manual_seed(0)
-    norm = nn.GroupNorm(num_groups, num_channels, eps=eps)
+    norm = nn.GroupNorm(num_groups, num_channels, eps=1e-6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return norm
@@ -115,7 +115,7 @@ def test_fused_group_norm_is_group_norm_and_silu(shape, mean, activated):
     found = values_and_gradients(fused(norm, activated), x)
     expected = values_and_gradients(nn.Sequential(norm, nn.SiLU()) if activated else norm, x)
     for a, b in zip(found, expected, strict=True):
-        assert relative_error(a, b) < (1e-4 if mean else 2e-6)
+        assert relative_error(a, b) < (1e-4 if mean else 1e-6)
 
 
 def test_fused_group_norm_of_a_constant_is_its_bias():
@@ -224,7 +224,7 @@ def test_freed_memory_is_used_again_without_page_faults():
         command = [sys.executable, "-c", FREED_AND_TAKEN_AGAIN, what]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         faults[what] = int(done.stdout)
-    assert faults["keep"] < 0.1 * faults["give back"]
+    assert faults["keep"] < 0.01 * faults["give back"]
 
 
 # Training and sampling with them
