@@ -10,7 +10,10 @@ where it stopped when the same command is given again. With --join, runs of comp
 settings (other seeds, on a machine of the same kind) are reported together with this folder's.
 """
 
+import ctypes
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,18 +27,24 @@ from diffusers import DDPMPipeline
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from image_data import open_images
+from images import check_output_outside_data
 from recipes import JsonDict, one_line_errors
 from samplers import METHODS
 from train_adaptive_ddpm import command_line
+from training.data import open_training_data
 from training.evaluation import Evaluator
+from training.folder_lock import LOCK_FILE, folder_lock
 from training.metrics import device_name, library_versions, read_metrics
-from training.saving import write_json
+from training.output import SUMMARY_FILE
+from training.plan import plan_run
+from training.saving import read_json, replace_file, write_json
 
 matplotlib.use("agg")
 
 COLOURS = plt.get_cmap("tab20").colors  # one for each method
 BASELINE = "ddpm"  # speed-ups are over this method, where it takes part
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+RESULTS_FILE = "results.json"
 TRAINING_SCRIPT = Path(__file__).parent / "train_adaptive_ddpm.py"
 
 
@@ -56,36 +65,47 @@ class ComparisonOptions:
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 
     def __post_init__(self):
-        for method in self.sampler_options:
-            if method not in METHODS:
-                raise ValueError(f"--sampler_options {method}: must be of {', '.join(METHODS)}")
-        for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"--methods {method}: must be of {', '.join(METHODS)}")
-        if not self.max_train_seconds > 0:
-            raise ValueError(f"--max_train_seconds {self.max_train_seconds}: must be greater than 0")
-        if sorted(set(self.score_at)) != self.score_at or self.score_at[0] <= 0 or self.score_at[-1] != 1:
-            raise ValueError(f"--score_at {self.score_at}: must rise from above 0 to 1")
+        for flag, methods in (("methods", self.methods), ("sampler_options", self.sampler_options)):
+            for method in methods:
+                if method not in METHODS:
+                    raise ValueError(f"--{flag} {method}: must be of {', '.join(METHODS)}")
+        if not 0 < self.max_train_seconds < math.inf:
+            raise ValueError(f"--max_train_seconds {self.max_train_seconds}: must be in (0, inf)")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"--seeds {seed}: must be in [0, 2**32)")
+        for flag in ("methods", "seeds", "score_at"):
+            values = getattr(self, flag)
+            if len(set(values)) < len(values) or not values:
+                raise ValueError(f"--{flag} {' '.join(map(str, values))}: must be given, and each once")
+        if sorted(self.score_at) != self.score_at or self.score_at[0] <= 0 or self.score_at[-1] != 1:
+            raise ValueError(f"--score_at {' '.join(map(str, self.score_at))}: must rise from above 0 to 1")
 
 
 def main(argv):
     parser = HfArgumentParser(ComparisonOptions, allow_abbrev=False)
     namespace, training_flags = parser.parse_known_args(argv)
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError, FloatingPointError):
         options = ComparisonOptions(**vars(namespace))
         training_options = command_line(training_flags)  # a bad flag is found out here
-        folder = Path(options.output_dir)
-        results = open_results(folder, options, training_flags)
-        joined = [joined_results(other, results) for other in options.join]
-        dataset = open_images(
-            training_options.dataset_name,
-            dataset_config_name=training_options.dataset_config_name,
-            cache_dir=training_options.cache_dir,
-            resolution=training_options.resolution,
-            image_mode=training_options.image_mode,
-        )
-        evaluator = Evaluator(training_options, dataset, PartialState())
-    results["score"] = evaluator.name
+        check_output_outside_data(options.output_dir, training_options.dataset_name)
+        plan_run(training_options)
+        with folder_lock(options.output_dir):
+            try:
+                compare(options, training_options, training_flags)
+            except KeyboardInterrupt:
+                raise OSError(f"interrupted; the same command goes on from what is in {options.output_dir}") from None
+
+
+def compare(options, training_options, training_flags):
+    """Train and score what is left to do in a folder that this process holds, and report all."""
+    folder = Path(options.output_dir)
+    results = open_results(folder, options, training_flags)
+    joined = [joined_results(other, results) for other in options.join]
+    dataset = open_training_data(training_options)
+    print(dataset.describe())
+    evaluator = Evaluator(training_options, dataset, PartialState())
+    results |= {"score": evaluator.name, "data": dataset.contents()}
 
     runs = [(method, seed) for seed in options.seeds for method in options.methods]
     total = len(runs) * options.max_train_seconds
@@ -97,10 +117,12 @@ def main(argv):
             run = results["runs"].setdefault(f"{method}-seed{seed}", {"method": method, "seed": seed, "scores": []})
             progress.set_description(f"{method}, seed {seed}, to {seconds:.0f} s")
             if "failed" not in run and not any(score["budget"] == seconds for score in run["scores"]):
-                own = options.sampler_options.get(method)
-                flags = [*training_flags, *(["--timestep_sampler_options", json.dumps(own)] if own else [])]
+                sampler_options = options.sampler_options.get(method)
+                flags = [*training_flags]
+                if sampler_options:
+                    flags += ["--timestep_sampler_options", json.dumps(sampler_options)]
                 train_and_score(run, folder, flags, seconds, evaluator, is_last=fraction == 1)
-                write_json(results, folder / "results.json")
+                write_json(results, folder / RESULTS_FILE)
             progress.update(seconds - before)
         before = seconds
     progress.close()
@@ -120,15 +142,14 @@ def open_results(folder, options, training_flags):
     """
     settings = {"max_train_seconds": options.max_train_seconds, "score_at": options.score_at, "flags": training_flags}
     settings["sampler_options"] = options.sampler_options
-    path = folder / "results.json"
+    path = folder / RESULTS_FILE
     if path.exists():
-        results = json.loads(path.read_text())
+        results = read_results(path, "--output_dir")
         if results["settings"] != settings:
             raise ValueError(f"--output_dir {folder}: holds a comparison with other settings: {results['settings']}")
         return results
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty, and holds no results.json to go on from")
-    folder.mkdir(parents=True, exist_ok=True)
+    if {entry.name for entry in folder.iterdir()} - {LOCK_FILE}:
+        raise ValueError(f"--output_dir {folder}: is not empty, and holds no {RESULTS_FILE} to go on from")
     return {
         "command": " ".join(["python", "compare.py", *sys.argv[1:]]),
         "settings": settings,
@@ -138,16 +159,24 @@ def open_results(folder, options, training_flags):
     }
 
 
+def read_results(path, flag):
+    """The results in a file of a comparison. Raises ValueError if it is none."""
+    results = read_json(path)
+    if not {"settings", "device", "runs", "command"} <= results.keys():
+        raise ValueError(f"{flag} {path.parent}: its {RESULTS_FILE} is not that of a comparison")
+    return results
+
+
 def joined_results(folder, results):
     """results.json of another comparison.
 
     Raises:
         ValueError: it has other settings, or ran on another device.
     """
-    path = Path(folder) / "results.json"
+    path = Path(folder) / RESULTS_FILE
     if not path.exists():
-        raise ValueError(f"--join {folder}: holds no results.json")
-    other = json.loads(path.read_text())
+        raise ValueError(f"--join {folder}: holds no {RESULTS_FILE}")
+    other = read_results(path, "--join")
     for name in ("settings", "device"):
         if other[name] != results[name]:
             raise ValueError(f"--join {folder}: its {name} is {other[name]}, not {results[name]}")
@@ -161,12 +190,15 @@ def train_and_score(run, folder, training_flags, seconds, evaluator, is_last):
     command += ["--method", run["method"], "--seed", run["seed"], "--max_train_seconds", seconds]
     command += ["--resume_from_checkpoint", "latest"] + ([] if is_last else ["--eval_batch_size", 0])
     with (folder / f"{run_folder.name}.log").open("a") as log:
-        status = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT).returncode
+        words = [str(part) for part in command]
+        status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent).returncode
     if status:
         lines = Path(log.name).read_text().splitlines() or [""]
         run["failed"] = f"exit status {status}: {lines[-1]}"
         return
-    summary = json.loads((run_folder / "training_summary.json").read_text())
+    summary = read_json(run_folder / SUMMARY_FILE)
+    if summary["stopped_by"] == "signal":
+        raise OSError(f"{run_folder} was stopped by a signal, before {seconds:,.0f} s; the same command goes on")
     pipeline = DDPMPipeline.from_pretrained(run_folder)
     run["scores"].append(
         {
@@ -182,16 +214,24 @@ def train_and_score(run, folder, training_flags, seconds, evaluator, is_last):
     run["weight"] = {name: records[i]["weight"] for name, i in (("early", len(records) // 8), ("late", -1))}
 
 
+def end_with_parent():
+    """Let the kernel end this process when its parent ends, in whatever way: it would hold its folder against the next
+    comparison. Its checkpoints outlive that. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 # The report
 
 
 def report(results, folder):
     """Write table.md, scores.png and densities.png."""
     methods = summarise(results)
-    (folder / "table.md").write_text(table(results, methods))
-    plot_scores(results, methods, folder / "scores.png")
-    plot_densities(methods, folder / "densities.png")
-    print((folder / "table.md").read_text())
+    text = table(results, methods)
+    replace_file(folder / "table.md", lambda path: path.write_text(text))
+    replace_file(folder / "scores.png", lambda path: plot_scores(results, methods, path))
+    replace_file(folder / "densities.png", lambda path: plot_densities(methods, path))
+    print(text)
 
 
 def summarise(results):

@@ -2,12 +2,14 @@
 
 import difflib
 import json
+import math
 import os
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -139,3 +141,29 @@ def changed_options(options, path, leave_out=()):
 def plain_values(options, leave_out):
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
     return {name: value for name, value in values.items() if name not in ("config", *leave_out)}
+
+
+def check_ranges(options: Any, ranges: dict[str, str]) -> None:
+    """Refuse numbers outside their range; None is an option that was not given.
+
+    Args:
+        options: an object with an attribute for each option.
+        ranges: {option: interval}, as it is written on paper: "[0, 2**32)", "(0, inf)". NaN is in no interval.
+
+    Raises:
+        ValueError: naming the flag, the value and the interval.
+    """
+    for name, interval in ranges.items():
+        value = getattr(options, name)
+        least, most = (bound.strip() for bound in interval[1:-1].split(","))
+        least, most = (math.inf if bound == "inf" else eval_power(bound) for bound in (least, most))
+        above = value is None or (value >= least if interval[0] == "[" else value > least)
+        below = value is None or (value <= most if interval[-1] == "]" else value < most)
+        if not (above and below):
+            raise ValueError(f"--{name} {value}: must be in {interval}")
+
+
+def eval_power(bound: str) -> int:
+    """An integer, or a power as Python writes it: "2**32"."""
+    base, _, exponent = bound.partition("**")
+    return int(base) ** int(exponent or 1)

@@ -3,32 +3,32 @@
 import json
 import os
 import re
-import shutil
 import zlib
 from pathlib import Path
 
 import torch
 
+from .output import remove_partial_saves
 from .saving import named_save_errors
 
 MANIFEST = "manifest.json"  # {file: crc32} of everything else in the checkpoint
 
 
-def save_checkpoint(accelerator, output_dir, step, process_state, total_limit=None):
-    """Write `output_dir/checkpoint-{step}`: under a temporary name first, renamed when whole.
+def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
+    """Write `checkpoint-{step}` into the output folder: under a temporary name first, renamed when whole.
 
     Args:
         accelerator: saves what was prepared with it or registered for checkpointing, and random states.
-        output_dir: on a file system that all processes share.
+        output: the run's `OutputDir`, on a file system that all processes share.
         process_state: what this process alone knows; `read_process_state` returns it.
         total_limit: checkpoints to keep; older ones are deleted after the new one is in place.
     """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    if final.exists():
-        return
-    partial = Path(output_dir) / f".checkpoint-{step}.partial"
+    final = output.folder / f"checkpoint-{step}"
+    if f"{final.name}/{MANIFEST}" in output.written and (final / MANIFEST).exists():
+        return  # at the end of a run, or of one that was resumed with nothing left to do
+    partial = output.folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        remove_partial_checkpoints(output_dir)
+        remove_partial_saves(output.folder)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with named_save_errors(partial):
@@ -36,12 +36,25 @@ def save_checkpoint(accelerator, output_dir, step, process_state, total_limit=No
         torch.save(process_state, partial / _process_file(accelerator.process_index))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / MANIFEST).write_text(json.dumps(_checksums(partial), indent=1))
-        os.replace(partial, final)
+        with named_save_errors(partial):
+            checksums = _checksums(partial)
+            (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
+            output.add(f"{final.name}/{name}" for name in (MANIFEST, *checksums))
+            put_in_place(partial, final)
         if total_limit:
-            for _, old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+            for _, old in list_checkpoints(output.folder)[:-total_limit]:
+                output.delete_under(old.name)
     accelerator.wait_for_everyone()
+
+
+def put_in_place(partial, final):
+    """Rename a folder; into one that holds files of others already, file by file, the manifest last."""
+    if not final.exists():
+        os.replace(partial, final)
+        return
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == MANIFEST):
+        os.replace(file, final / file.name)
+    partial.rmdir()
 
 
 def find_checkpoint(output_dir, wanted, warn):
@@ -71,12 +84,12 @@ def find_checkpoint(output_dir, wanted, warn):
     return None
 
 
-def discard_checkpoints_after(output_dir, step):
+def discard_checkpoints_after(output, step):
     """Delete the checkpoints of a life that is given up: those after `step`, from where the run goes on; returns them.
-    Whatever is then called checkpoint-N is whole, and of this run."""
-    given_up = [path for number, path in list_checkpoints(output_dir) if number > step]
+    Whatever checkpoint there is then is whole, and of this run."""
+    given_up = [path for number, path in list_checkpoints(output.folder) if number > step]
     for path in given_up:
-        shutil.rmtree(path)
+        output.delete_under(path.name)
     return given_up
 
 
@@ -88,9 +101,26 @@ def read_process_state(path, process_index):
     return torch.load(own if own.exists() else path / _process_file(0), map_location="cpu", weights_only=True)
 
 
+def load_checkpoint(accelerator, path):
+    """Bring what was prepared with accelerate, or registered for checkpointing, to where the checkpoint has it.
+
+    Raises:
+        ValueError: the checkpoint is of another network or optimiser, or holds code.
+    """
+    try:
+        for file in path.glob("custom_checkpoint_*.pkl"):  # which accelerate would load with the code in them
+            torch.load(file, map_location="meta", weights_only=True)
+        accelerator.load_state(str(path))
+    except Exception as error:  # torch, safetensors and pickle have an error each
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--resume_from_checkpoint {path}: does not fit this run: {reason[:300]}") from error
+
+
 def list_checkpoints(output_dir):
-    """[(step, path)] of the checkpoints in a folder, oldest first."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*"))
+    """[(step, path)] of the checkpoints in a folder, whole or damaged, oldest first."""
+    files = (file for name in (MANIFEST, _process_file(0)) for file in Path(output_dir).glob(f"checkpoint-*/{name}"))
+    folders = {file.parent for file in files}
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders]
     return sorted((int(match[1]), Path(output_dir) / match[0]) for match in found if match)
 
 
@@ -107,12 +137,6 @@ def checkpoint_damage(path):
         if actual[file] != checksum:
             return f"{file} was changed or cut short"
     return None
-
-
-def remove_partial_checkpoints(output_dir):
-    """Delete what a save that was killed left behind."""
-    for path in Path(output_dir).glob(".checkpoint-*.partial"):
-        shutil.rmtree(path)
 
 
 def _checksums(folder):

@@ -1,7 +1,7 @@
 """The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
 
 from feature_extractors import make_frechet_metric
-from image_data import training_batches
+from images import training_batches
 from pipelines import UnconditionalPipeline
 
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
@@ -31,15 +31,23 @@ class Evaluator:
         self.name = self.metric.inception.score_name
         self.has_reference = False
 
-    def score(self, pipeline):
-        """The Fréchet distance of `eval_num_images` samples; all processes must call it."""
+    def score(self, pipeline, is_abandoned=lambda: False):
+        """The Fréchet distance of `eval_num_images` samples; all processes must call it.
+
+        Args:
+            is_abandoned: asked by all processes before each batch; once it is true, there is no score (None).
+        """
         if not self.has_reference:
             self._add_reference()
         sampler = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(self.device)
         sampler.set_progress_bar_config(disable=True)
         for indices in self._shares(self.options.eval_num_images):
-            images = sampler.sample(indices, self.options.seed, self.options.eval_num_inference_steps)
-            self.metric.update(images, real=False)
+            if is_abandoned():
+                self.metric.reset()
+                return None
+            if indices:
+                images = sampler.sample(indices, self.options.seed, self.options.eval_num_inference_steps)
+                self.metric.update(images, real=False)
         score = self.metric.compute().item()
         self.metric.reset()  # but for the reference
         return score
@@ -55,13 +63,11 @@ class Evaluator:
             device=self.device,
             placement="stream",
         )
-        for share, images in zip(shares, batches, strict=False):  # the batches never end
+        for share, images in zip(filter(len, shares), batches, strict=False):  # the batches never end
             self.metric.update(images[: len(share)], real=True)
         self.has_reference = True
 
     def _shares(self, count):
-        """This process's part of the numbers 0 .. count-1, in batches."""
-        share = range(self.rank, count, self.world_size)
-        return [
-            share[i : i + self.options.train_batch_size] for i in range(0, len(share), self.options.train_batch_size)
-        ]
+        """This process's part of the numbers 0 .. count-1, in as many batches as all others; empty ones last."""
+        share, batch_size = range(self.rank, count, self.world_size), self.options.train_batch_size
+        return [share[i : i + batch_size] for i in range(0, -(-count // self.world_size), batch_size)]

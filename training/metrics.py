@@ -1,18 +1,21 @@
 """What a run measures of itself: losses summed on the device, and the log they are written to."""
 
 import json
-import os
+import logging
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .saving import write_json
+from .output import SUMMARY_FILE
+from .saving import replace_file, write_json
+
+logger = logging.getLogger(__name__)
 
 NUM_BINS = 20  # of timesteps, in the log
+METRICS_FILE = "metrics.jsonl"
 
 
 class LossMeter:
@@ -85,24 +88,28 @@ class TrainingLog:
 
     Args:
         options: the run's.
+        output: the run's `OutputDir`.
         max_steps: updates in all, or None where only time is limited: the bar then counts seconds.
         step, images_seen: where the run begins, or goes on: later records of an earlier life are dropped, because
             they will be made again.
         clock: the run's `PhaseClock`.
     """
 
-    def __init__(self, accelerator, options, max_steps, step, images_seen, clock):
-        self.accelerator, self.options, self.clock = accelerator, options, clock
-        self.folder = Path(options.output_dir)
-        self.path = self.folder / "metrics.jsonl"
+    def __init__(self, accelerator, options, output, max_steps, step, images_seen, clock):
+        self.accelerator, self.options, self.output, self.clock = accelerator, options, output, clock
+        self.path = output.folder / METRICS_FILE
         self.images_seen, self.seconds = images_seen, clock.seconds("train")  # at the last record
-        self.last_record = {}
-        if accelerator.is_main_process and self.path.exists():
-            kept = drop_records_after(self.path, step)
+        self.last_record, self.skipped_images = {}, 0
+        if accelerator.is_main_process:
+            output.path(METRICS_FILE)
+            kept = drop_records_after(self.path, step) if self.path.exists() else []
             self.last_record = next((record for record in reversed(kept) if "loss" in record), {})
         if options.logger != "none":
             purge = {"tensorboard": {"purge_step": step + 1}} if options.logger == "tensorboard" else {}
+            before = output.present(options.logging_dir)
             accelerator.init_trackers("adaptive-ddpm", init_kwargs=purge)
+            if accelerator.is_main_process:
+                output.add_present(options.logging_dir, before)
         self.by_time = by_time = max_steps is None
         self.progress = tqdm(
             total=options.max_train_seconds if by_time else max_steps,
@@ -118,10 +125,11 @@ class TrainingLog:
         now = min(self.clock.seconds("train"), self.options.max_train_seconds) if self.by_time else step
         self.progress.update(now - self.progress.n)
 
-    def write(self, step, images_seen, meter, guard, lr_scheduler, sampler, last=False):
+    def write(self, step, images_seen, meter, guard, lr_scheduler, sampler, skipped_images, last=False):
         """Write a record. All processes must call it.
 
         Args:
+            skipped_images: found unreadable so far, by this process.
             last: the run ends here, between two regular records; a resumed run drops this one.
         """
         loss, grad_norm, loss_by_timestep = meter.read(self.accelerator)
@@ -138,7 +146,11 @@ class TrainingLog:
             "grad_norm": grad_norm,
             "images_per_second": round(rate, 2),
             "skipped_updates": skipped,
+            "skipped_images": skipped_images,
         }
+        if skipped_images > self.skipped_images:
+            logger.warning(f"step {step:,}: {skipped_images:,} images so far could not be read; others took their place")
+        self.skipped_images = skipped_images
         self.accelerator.log({name: value for name, value in record.items() if value is not None}, step=step)
         self.progress.set_postfix(loss="none" if loss is None else f"{loss:.4f}", images_per_s=f"{rate:.0f}")
         record["loss_by_timestep"] = loss_by_timestep
@@ -174,17 +186,23 @@ class TrainingLog:
 
     def save_grid(self, image, name, step):
         """Write a PIL image under the output folder, and to the tracker."""
-        path = self.folder / name
+        path = self.output.path(name)
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        replace_file(path, image.save)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({"samples": [image]}, step=step)
 
-    def summary(self, step, images_seen, num_parameters, reason, skipped_images):
-        """Write `training_summary.json`, and return it."""
+    def summary(self, step, images_seen, num_parameters, reason, data, skipped_images):
+        """Write `training_summary.json`, and return it.
+
+        Args:
+            reason: why the run ended.
+            data: what `ImageDataset.contents` says of the images.
+            skipped_images: of them, found unreadable.
+        """
         summary = {
             "steps": step,
             "images": images_seen,
@@ -194,21 +212,21 @@ class TrainingLog:
             "loss": self.last_record.get("loss"),
             "skipped_updates": self.last_record.get("skipped_updates"),
             "skipped_images": skipped_images,
+            "data": data,
             "processes": self.accelerator.num_processes,
             "device": device_name(self.accelerator.device),
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": library_versions(),
         }
-        write_json(summary, self.folder / "training_summary.json")
+        write_json(summary, self.output.path(SUMMARY_FILE))
         return summary
 
 
 def drop_records_after(path, step):
     """Cut a `metrics.jsonl` back to what a run that reached `step` had written on its way; returns those records."""
     kept = [record for record in read_metrics(path) if record["step"] <= step and not record.get("last")]
-    rewritten = path.with_suffix(".partial")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(rewritten, path)
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    replace_file(path, lambda partial: partial.write_text(text))
     return kept
 
 
@@ -225,11 +243,15 @@ def device_name(device):
 
 
 def read_metrics(path):
-    """The records of a `metrics.jsonl`; a last line that was cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+    """The records of a `metrics.jsonl`; lines that were cut short or damaged are left out, and counted in a warning."""
+    records, damaged = [], 0
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        logger.warning(f"{path}: {damaged} damaged line(s) left out")
     return records

@@ -1,16 +1,19 @@
 """What a run leaves for people to look at: the plot of its timestep density, and its model card."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder, whoami
+from huggingface_hub.utils import validate_repo_id
 from matplotlib.colors import Normalize
 
 from samplers import resolve_method
 
 from .metrics import read_metrics
 from .models import method_parts
+from .saving import replace_file
 
 matplotlib.use("agg")
 
@@ -43,15 +46,16 @@ def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
     plt.close(figure)
 
 
-def write_model_card(options, summary, repository=None):
+def write_model_card(options, output, summary, repository=None):
     """Write `README.md`: what the model was trained on and how, a sample grid, and how to load it.
 
     Args:
         options: the run's resolved options.
+        output: the run's `OutputDir`.
         summary: of `TrainingLog.summary`.
         repository: on the Hub, where the card is going; by default, it tells how to load the folder.
     """
-    folder = Path(options.output_dir)
+    folder = output.folder
     dataset = options.dataset_name
     on_hub = dataset != "digits" and not Path(dataset).exists()
     data = ModelCardData(
@@ -68,7 +72,7 @@ def write_model_card(options, summary, repository=None):
         if (value := getattr(options, flag)) is not None
     )
     rows = {
-        "data set": f"`{dataset}`, {options.resolution}×{options.resolution}",
+        "data set": f"`{dataset}`, {options.resolution}×{options.resolution}: {describe_data(summary)}",
         "method": f"`{options.method}`: timesteps `{parts.timestep_sampler}`, loss weighting `{parts.loss_weighting}`, "
         f"error filter `{parts.error_filter}`",
         "budget": budget,
@@ -100,15 +104,27 @@ image = pipeline().images[0]
 
 ![timestep density](timestep_density.png)
 
-`training_options.yaml` repeats the run: `accelerate launch train_adaptive_ddpm.py --config training_options.yaml`.
+`training_options.yaml` repeats the run, into another folder:
+`accelerate launch train_adaptive_ddpm.py --config training_options.yaml --output_dir OTHER_FOLDER`.
 """
-    ModelCard(text).save(folder / "README.md")
+    replace_file(output.path("README.md"), ModelCard(text).save)
+
+
+def describe_data(summary):
+    """How many images there were, from how many files, and what was left out: a phrase."""
+    data = summary["data"]
+    phrase = f"{data['images']:,} images" + (f" of {data['files']:,} files" if data["files"] is not None else "")
+    left_out = [f"{count:,} {reason}" for reason, count in data["left_out"].items()]
+    if summary["skipped_images"]:
+        left_out.append(f"{summary['skipped_images']:,} unreadable images")
+    return phrase + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 def print_summary(options, summary):
     """Where the time went, what there is now, and how to go on."""
     seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
     print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
+    print(f"data: {describe_data(summary)}")
     print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
     if summary["stopped_by"] == "signal":
         print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
@@ -116,18 +132,41 @@ def print_summary(options, summary):
         print(f"samples: {options.output_dir}/samples/final.png")
 
 
+def hub_name(options):
+    """The name to upload under."""
+    return options.hub_model_id or Path(options.output_dir).resolve().name
+
+
+def check_hub_repository(options):
+    """Find out before any work whether there is a valid token and name. Raises ValueError."""
+    with named_hub_errors(options):
+        validate_repo_id(hub_name(options))
+        whoami(token=options.hub_token)
+
+
 def create_hub_repository(options):
-    """Create the Hub repository before training, so that a missing token is found out at once. Returns its id."""
-    name = options.hub_model_id or Path(options.output_dir).name
-    return create_repo(name, private=options.hub_private_repo, token=options.hub_token, exist_ok=True).repo_id
+    """Create the Hub repository when training begins. Returns its id."""
+    with named_hub_errors(options):
+        name, private = hub_name(options), options.hub_private_repo
+        return create_repo(name, private=private, token=options.hub_token, exist_ok=True).repo_id
 
 
 def upload_to_hub(repo_id, options):
     """Upload the results, without checkpoints and logs."""
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=options.output_dir,
-        token=options.hub_token,
-        commit_message="End of training",
-        ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{options.logging_dir}/*", ".*"],
-    )
+    with named_hub_errors(options):
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=options.output_dir,
+            token=options.hub_token,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{options.logging_dir}/*", ".*"],
+        )
+
+
+@contextmanager
+def named_hub_errors(options):
+    """Whatever the Hub's library raises (of the network, HTTP, tokens) becomes a ValueError that names the flag."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"--push_to_hub as {hub_name(options)}: {type(error).__name__}: {error}") from error

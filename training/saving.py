@@ -3,36 +3,72 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .output import OutputDir
 
 
 @contextmanager
-def named_save_errors(path):
+def named_save_errors(path: Path) -> Iterator[None]:
     """Whatever goes wrong while saving (each library has its own error for a full disk) becomes an OSError that names
     the file and the space left."""
     try:
         yield
     except Exception as error:
         free = shutil.disk_usage(Path(path).parent).free
-        raise OSError(f"{path} could not be saved ({free / 1e6:,.0f} MB are free): {error}") from error
+        raise OSError(f"{path} could not be saved ({free / 1e6:,.1f} MB are free): {error}") from error
 
 
-def write_json(record, path):
-    """Write through a temporary file: `path` is whole whenever it exists."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, of the same kind, then put it in place: `path` is always whole."""
+    partial = path.with_name(f".partial.{path.name}")
+    with named_save_errors(path):
+        try:
+            write(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def save_pipeline(pipeline, folder):
-    """Save under a temporary name, then put in place; the index, which makes the folder a pipeline, comes last."""
-    partial = Path(folder) / ".pipeline.partial"
+def write_json(record: dict, path: Path) -> None:
+    """Write an object as JSON, through a temporary file."""
+    text = json.dumps(record, indent=1) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds none; naming the file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
+def save_pipeline(pipeline: DiffusionPipeline, output: OutputDir) -> None:
+    """Save under a temporary name, then put in place file by file; the index, which makes the folder a pipeline, comes
+    last. Files of an earlier save that this one has not (more shards, say) are deleted."""
+    partial = output.folder / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with named_save_errors(partial):
         pipeline.save_pretrained(partial)
-    for name in ("unet", "scheduler"):
-        shutil.rmtree(Path(folder) / name, ignore_errors=True)
-        os.replace(partial / name, Path(folder) / name)
-    os.replace(partial / "model_index.json", Path(folder) / "model_index.json")
+        files = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+        files.sort(key="model_index.json".__eq__)
+        output.add(files)
+        for name in files:
+            (output.folder / name).parent.mkdir(exist_ok=True)
+            os.replace(partial / name, output.folder / name)
+    parts = {Path(name).parts[0] for name in files if "/" in name}
+    output.delete(name for name in output.written if Path(name).parts[0] in parts and name not in files)
     shutil.rmtree(partial)

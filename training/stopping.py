@@ -2,10 +2,16 @@
 
 import os
 import signal
+from contextlib import contextmanager
 
+import psutil
 import torch
 
 AGREE_EVERY = 10  # steps between two agreements of several processes: a collective each
+
+
+class Abandoned(Exception):
+    """Raised by a signal in a block that is not worth waiting for."""
 
 
 class StopCondition:
@@ -24,8 +30,9 @@ class StopCondition:
         self.accelerator, self.clock = accelerator, clock
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self.signal = None
+        self.in_abandonable_block = False
         # A launcher that is sent SIGTERM may die without passing it on: its end is then the signal.
-        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self.launcher = os.getppid() if is_launcher(os.getppid()) else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -37,6 +44,26 @@ class StopCondition:
             os.write(
                 2, f"\n{self.signal.name}: saving after this step and stopping; Ctrl-C twice ends at once\n".encode()
             )
+        if self.in_abandonable_block:
+            self.in_abandonable_block = False  # only the first signal: what comes next is cleaning up
+            raise Abandoned
+
+    @contextmanager
+    def abandoned_on_signal(self):
+        """A block that a signal ends at once, as one has that came before: nothing of the run depends on it."""
+        try:
+            self.in_abandonable_block = True
+            if self.signal:
+                raise Abandoned
+            yield
+        except Abandoned:
+            pass
+        finally:
+            self.in_abandonable_block = False
+
+    def is_signalled(self):
+        """Whether any process was sent a signal. A collective, at whatever step: all processes must call it."""
+        return bool(agreed_maximum(self.accelerator, 0, int(bool(self.signal))))
 
     def reason(self, step):
         """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
@@ -48,6 +75,16 @@ class StopCondition:
         return (None, "seconds", "signal")[
             agreed_maximum(self.accelerator, step, max(out_of_time, 2 * bool(self.signal)))
         ]
+
+
+def is_launcher(pid):
+    """Whether a process is one of `accelerate launch` or torchrun, which start and end their workers."""
+    try:
+        words = {os.path.basename(word) for word in psutil.Process(pid).cmdline()}
+    except psutil.Error:
+        return False
+    launchers = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
+    return not words.isdisjoint(launchers)
 
 
 class Interval:

@@ -1,0 +1,189 @@
+"""The options of a training run: named, explained, and checked as far as that goes without data or network."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from transformers.hf_argparser import HfArg
+
+from recipes import JsonDict, check_ranges
+from samplers import ERROR_FILTERS, LOSS_WEIGHTINGS, METHODS, PARTS, TIMESTEP_SAMPLERS
+
+from .output import FOLDERS
+
+RANGES = {
+    "seed": "[0, 2**32)",
+    "resolution": "[1, 2**16]",
+    "white_level": "(0, inf)",
+    "dataloader_num_workers": "[0, 1024]",
+    "ddpm_num_steps": "[2, 10**6]",
+    "max_train_steps": "[1, 2**53]",
+    "num_epochs": "[1, 2**53]",
+    "max_train_seconds": "(0, inf)",
+    "train_batch_size": "[1, 2**24]",
+    "gradient_accumulation_steps": "[1, 2**24]",
+    "learning_rate": "(0, inf)",
+    "lr_warmup_steps": "[0, 2**53]",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_weight_decay": "[0, inf)",
+    "adam_epsilon": "(0, inf)",
+    "max_grad_norm": "(0, inf]",
+    "max_nonfinite_steps": "[1, 2**53]",
+    "ema_inv_gamma": "(0, inf)",
+    "ema_power": "(0, inf)",
+    "ema_max_decay": "[0, 1)",
+    "logging_steps": "[1, 2**53]",
+    "eval_batch_size": "[0, 2**16]",
+    "ddpm_num_inference_steps": "[1, 10**6]",
+    "eval_steps": "[1, 2**53]",
+    "eval_seconds": "(0, inf)",
+    "eval_num_images": "[1, 2**32)",
+    "eval_num_inference_steps": "[1, 10**6]",
+    "save_images_epochs": "[1, 2**53]",
+    "save_model_epochs": "[1, 2**53]",
+    "checkpointing_steps": "[0, 2**53]",
+    "checkpoints_total_limit": "[1, 2**53]",
+}
+
+
+@dataclass
+class TrainingOptions:
+    """Named as in diffusers' train_unconditional.py where that has them."""
+
+    config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/.")
+    output_dir: str = HfArg(default="ddpm-model", help="Where the pipeline, samples, logs and checkpoints go.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete the results of an earlier run in --output_dir.")
+    seed: int = HfArg(default=0, help="Of initial weights, data order, noise and timesteps.")
+
+    # Data
+    dataset_name: str = HfArg(
+        default="digits",
+        aliases=["--train_data_dir"],
+        help="A Hub data set, a local folder of images or parquet files, or 'digits' (embedded).",
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The data set's configuration, if it has several.")
+    image_column: str | None = HfArg(default=None, help="Needed only if the data set has several image columns.")
+    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
+    resolution: int | None = HfArg(default=None, help="Images are resized and cropped to it; default: their own size.")
+    image_mode: Literal["auto", "RGB", "L"] = HfArg(default="auto", help="auto: grey (L) if all images are.")
+    white_level: float | None = HfArg(
+        default=None, help="White in grey images of floats or over 8 bits; default: 65535, for floats 1 or 255."
+    )
+    random_flip: bool = HfArg(default=False, help="Mirror half of the images, at random.")
+    on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
+    data_placement: Literal["auto", "device", "memory", "stream"] = HfArg(
+        default="auto", help="Decoded once onto the device or into memory, or decoded by workers as needed."
+    )
+    dataloader_num_workers: int = HfArg(default=0, help="Processes that decode a streamed data set.")
+
+    # Model and noise
+    model_config_name_or_path: str | None = HfArg(default=None, help="A UNet2DModel's config; default: DDPM's.")
+    unet: JsonDict = field(default_factory=JsonDict, metadata={"help": "UNet2DModel settings, JSON; over the default."})
+    noise_scheduler: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(default="epsilon", help="Network's output.")
+    ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
+    ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
+
+    # Method
+    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The three below, by name.")
+    timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
+    loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
+    error_filter: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(ERROR_FILTERS)}.")
+    timestep_sampler_options: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "Keyword arguments of the sampler's class, JSON."}
+    )
+    low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
+
+    # Budget: the first that is spent ends the run
+    max_train_steps: int | None = HfArg(default=None, help="Updates.")
+    num_epochs: int | None = HfArg(default=None, help="Passes over the data; 100 if no budget is given at all.")
+    max_train_seconds: float | None = HfArg(default=None, help="Wall-clock time of training proper.")
+
+    # Optimisation
+    train_batch_size: int = HfArg(default=16, help="Per process and accumulation step.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches per update.")
+    learning_rate: float = HfArg(default=1e-4, help="After warm-up.")
+    lr_scheduler: Literal[
+        "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = HfArg(default="constant_with_warmup", help="All but the constant ones need the number of steps.")
+    lr_warmup_steps: int = HfArg(default=500, help="Updates of linear warm-up.")
+    adam_beta1: float = HfArg(default=0.95, help="AdamW.")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW.")
+    adam_weight_decay: float = HfArg(default=1e-6, help="AdamW.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm; inf for no clipping.")
+    max_nonfinite_steps: int = HfArg(default=50, help="Non-finite updates in a row at which to give up.")
+    use_ema: bool = HfArg(default=True, help="Save an exponential moving average of the weights.")
+    ema_inv_gamma: float = HfArg(default=1.0, help="The average's decay is 1 - (1 + step / inv_gamma)^-power.")
+    ema_power: float = HfArg(default=0.75, help="The power in that formula.")
+    ema_max_decay: float = HfArg(default=0.9999, help="The average's decay at most.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = HfArg(default=None, help="Default: accelerate's setting.")
+    compile: bool = HfArg(default=False, help="torch.compile the network; compiled before the clock starts.")
+
+    # Logs, samples, checkpoints
+    logger: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="Beside metrics.jsonl.")
+    logging_dir: str = HfArg(default="logs", help="Under --output_dir.")
+    logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
+    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; 0 for no grids.")
+    ddpm_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for the grids; default: T.")
+    eval_steps: int | None = HfArg(default=None, help="Updates between two scores (FID) of samples; default: none.")
+    eval_seconds: float | None = HfArg(default=None, help="Training seconds between two scores.")
+    eval_num_images: int = HfArg(default=5000, help="Images drawn for a score.")
+    eval_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for those; default: 50.")
+    eval_feature_extractor: str | None = HfArg(default=None, help="As in evaluate.py; default: Inception.")
+    eval_feature_extractor_weights: str | None = HfArg(default=None, help="A local file of Inception's weights.")
+    save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
+    save_model_epochs: int | None = HfArg(default=None, help="Epochs between two saves of the pipeline.")
+    checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
+    checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's path.")
+
+    # Hub
+    push_to_hub: bool = HfArg(default=False, help="Upload the results at the end.")
+    hub_model_id: str | None = HfArg(default=None, help="Default: the name of --output_dir.")
+    hub_token: str | None = HfArg(default=None, help="Default: the one you are logged in with.")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+
+    def __post_init__(self):
+        check_ranges(self, RANGES)
+        self.ddpm_num_inference_steps = self.ddpm_num_inference_steps or self.ddpm_num_steps
+        self.eval_num_inference_steps = self.eval_num_inference_steps or min(50, self.ddpm_num_steps)
+        for name in ("ddpm_num_inference_steps", "eval_num_inference_steps"):
+            if getattr(self, name) > self.ddpm_num_steps:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: must not exceed --ddpm_num_steps ({self.ddpm_num_steps})"
+                )
+        for name, registry in PARTS.items():
+            if getattr(self, name) is not None and getattr(self, name) not in registry:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
+        for name in ("output_dir", "dataset_name"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"--{name} {getattr(self, name)!r}: must not be empty")
+        check_logging_dir(self.logging_dir)
+        if self.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+            )
+        if not (self.max_train_steps or self.num_epochs or self.max_train_seconds):
+            self.num_epochs = 100
+        if not self.lr_scheduler.startswith("constant") and not (self.max_train_steps or self.num_epochs):
+            raise ValueError(f"--lr_scheduler {self.lr_scheduler}: needs --max_train_steps or --num_epochs")
+
+
+def check_logging_dir(name: str) -> None:
+    """Refuse what is not a folder of its own inside the output folder.
+
+    Raises:
+        ValueError: the output folder itself, one outside of it, or one that holds other results of the run.
+    """
+    parts = PurePosixPath(name).parts  # "./logs" is ("logs",), and "./" is ()
+    if not parts or Path(name).is_absolute() or ".." in parts or not name.isprintable():
+        raise ValueError(f"--logging_dir {name!r}: must be a folder inside --output_dir")
+    if FOLDERS.fullmatch(parts[0]):
+        raise ValueError(f"--logging_dir {name}: a run keeps other results under that name; choose another")

@@ -1,0 +1,54 @@
+"""A run tried out on stand-ins, so that what cannot work is refused before any data is read."""
+
+import psutil
+import torch
+
+from samplers import NoiseSchedule
+
+from .models import build_noise_scheduler, build_sampler, build_unet, load_unet_config
+
+CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
+
+
+def plan_run(options):
+    """Try the network, the chains of sampling and the timestep sampler, with images of noise in place of the data.
+
+    The images' size and colours are those that the options say, where they do.
+
+    Raises:
+        ValueError: naming the flag that leads to something that cannot work.
+    """
+    schedule = NoiseSchedule.from_scheduler(build_noise_scheduler(options))
+    channels, resolution = CHANNELS[options.image_mode], options.resolution or stand_in_resolution(options)
+    with torch.random.fork_rng(devices=[]):
+        check_batch_memory(options, channels, resolution)
+        with torch.device("meta"):
+            build_unet(options, channels, resolution)
+        images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
+        sampler = build_sampler(options, schedule, images, "cpu")
+        try:
+            timesteps, weights = sampler.sample(8, images=images)
+            sampler.update(timesteps, torch.ones(8) * weights)
+        except Exception as error:
+            raise ValueError(
+                f"--timestep_sampler_options {dict(options.timestep_sampler_options)}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def stand_in_resolution(options):
+    """A size that the network can halve as often as it has levels."""
+    config = load_unet_config(options.model_config_name_or_path) if options.model_config_name_or_path else {}
+    widths = (config | options.unet).get("block_out_channels", ())
+    return max(32, 2 ** min(len(widths), 12)) if isinstance(widths, list | tuple) else 32
+
+
+def check_batch_memory(options, channels, resolution):
+    """Refuse a batch whose images alone, in float32, do not fit into the machine's memory. Raises ValueError."""
+    images = options.train_batch_size * options.gradient_accumulation_steps
+    needed, there = 4 * images * channels * resolution**2, psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"--train_batch_size {options.train_batch_size} times --gradient_accumulation_steps "
+            f"{options.gradient_accumulation_steps}: {images:,} images of {resolution}x{resolution} take "
+            f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB"
+        )
