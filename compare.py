@@ -24,7 +24,7 @@ from diffusers import DDPMPipeline
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from image_data import open_images
+from images import open_images
 from recipes import JsonDict, one_line_errors
 from samplers import METHODS
 from train_adaptive_ddpm import command_line

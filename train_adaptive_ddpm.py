@@ -22,7 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
-from image_data import BadImage, open_images, training_batches
+from images import BadImage, open_images, training_batches
 from pipelines import UnconditionalPipeline, choose_kernels, make_grid_image
 from recipes import JsonDict, changed_options, one_line_errors, parse_options, save_options
 from samplers import (

@@ -1,7 +1,7 @@
 """The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
 
 from feature_extractors import make_frechet_metric
-from image_data import training_batches
+from images import training_batches
 from pipelines import UnconditionalPipeline
 
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many

@@ -2,7 +2,7 @@
 
 import torch
 
-from image_data import normalize
+from images import normalize
 from samplers import antithetic_randn, fold_seed, mean_squares
 
 from .ema import whole
