@@ -33,13 +33,11 @@ import torch
 import torch_fidelity
 import torchvision
 import transformers
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
-from image_data import open_images
-from pipelines.image_files import read_record
+from images import open_images
 from recipes import one_line_errors, parse_options
 from training.saving import write_json
 
@@ -78,6 +76,10 @@ class EvaluationOptions:
     dataset_config_name2: str | None = HfArg(default=None, help="Configuration of --input2.")
     image_column1: str | None = HfArg(default=None, help="Needed only if --input1 has several image columns.")
     image_column2: str | None = HfArg(default=None, help="Needed only if --input2 has several image columns.")
+    white_level1: float | None = HfArg(
+        default=None, help="White in grey images of --input1 of more than 8 bits or of floats; default: by their range."
+    )
+    white_level2: float | None = HfArg(default=None, help="Likewise of --input2.")
     num_images1: int | None = HfArg(default=None, help="A random subset of --input1; default: all.")
     num_images2: int | None = HfArg(default=None, help="A random subset of --input2; default: all.")
     resolution: int | None = HfArg(default=None, help="Resize and crop both; default: the size of the first image.")
@@ -146,6 +148,7 @@ def main(argv=None):
         # Refuse what cannot work before anything takes long
         result_path = check_result(options)
         inputs = [open_input(options, 1), open_input(options, 2)]
+        print_inputs(inputs)
         check_sizes(options, *inputs)
         counts = [wanted_count(options, number, images) for number, images in enumerate(inputs, 1)]
         check_counts(options, *counts)
@@ -153,8 +156,8 @@ def main(argv=None):
         check_rank(options, extractor, *counts)
         make_folders(options)
 
-        images1 = read_images(inputs[0], options.num_images1, options.seed)
-        images2 = read_images(inputs[1], options.num_images2, options.seed)
+        images1 = read_input(options, 1, inputs[0])
+        images2 = read_input(options, 2, inputs[1])
         check_counts(options, len(images1), len(images2))  # once more: unreadable ones may have been skipped
         check_rank(options, extractor, len(images1), len(images2))
         read_seconds = time.perf_counter() - start
@@ -166,8 +169,8 @@ def main(argv=None):
         "values": values,
         "command": shlex.join(["python", "evaluate.py", *argv]),
         "options": asdict(options),
-        "input1": describe_input(options, 1, images1),
-        "input2": describe_input(options, 2, images2),
+        "input1": describe_input(options, 1, inputs[0], images1),
+        "input2": describe_input(options, 2, inputs[1], images2),
         "feature_extractor": extractor.description,
         "torch_fidelity": settings,
         **describe_machine(options.device),
@@ -243,74 +246,40 @@ class FidelityImages(torch.utils.data.Dataset):
 
 
 def open_input(options, number):
-    """Open --input1 or --input2: an object with `len`, `.resolution`, `.decode_all()` and `.image_or_next(i)`.
+    """Open --input1 or --input2 as an `ImageDataset`.
 
     Raises:
         ValueError: it cannot be found or read; the message names the flag.
     """
-    name, split = getattr(options, f"input{number}"), getattr(options, f"split{number}")
-    record = read_record(Path(name).expanduser())
-    if record:
-        name = os.path.join(name, "images.npz" if record["settings"]["format"] == "npz" else "images")
-    path = Path(name).expanduser()
     try:
-        if path.suffix == ".npz":
-            images = NpzImages(path, options.image_mode, options.resolution)
-        else:
-            images = open_images(
-                name,
-                dataset_config_name=getattr(options, f"dataset_config_name{number}"),
-                split=split,
-                cache_dir=options.dataset_cache_dir,
-                image_column=getattr(options, f"image_column{number}"),
-                resolution=options.resolution,
-                image_mode=options.image_mode,
-                on_bad_image=options.on_bad_image,
-            )
-        if record:
-            check_generated(path.parent, record, images, is_slice=split != "train")
-        return images
-    except ValueError as error:  # which names the flags of training
-        message = re.sub(r"--(dataset_config_name|image_column)\b", rf"--\g<1>{number}", str(error))
-        message = message.replace("--dataset_name", f"--input{number}")
-        named = message if f"--input{number}" in message else f"--input{number}: {message}"
-        raise ValueError(named) from error
+        return open_images(
+            getattr(options, f"input{number}"),
+            dataset_config_name=getattr(options, f"dataset_config_name{number}"),
+            split=getattr(options, f"split{number}"),
+            cache_dir=options.dataset_cache_dir,
+            image_column=getattr(options, f"image_column{number}"),
+            resolution=options.resolution,
+            image_mode=options.image_mode,
+            on_bad_image=options.on_bad_image,
+            white_level=getattr(options, f"white_level{number}"),
+        )
+    except ValueError as error:
+        raise ValueError(name_input(str(error), number)) from error
 
 
-class NpzImages:
-    """The images of an .npz file: its first array, `arr_0`, is uint8 [N, H, W, 1 or 3], as ADM's evaluator has it."""
+def name_input(message, number):
+    """Say --input1 where `images` says --dataset_name, as training calls it."""
+    message = re.sub(r"--(dataset_config_name|image_column|white_level)\b", rf"--\g<1>{number}", message)
+    message = message.replace("--dataset_name", f"--input{number}")
+    return message if f"--input{number}" in message else f"--input{number}: {message}"
 
-    def __init__(self, path, image_mode="RGB", resolution=None):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        try:
-            with np.load(path) as arrays:
-                pixels = arrays["arr_0"]
-        except Exception as error:  # of zip, of NumPy's format, or no such key
-            raise ValueError(f"{path} has no readable array arr_0: {error}") from error
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
-            raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 1 or 3], not {pixels.dtype} {list(pixels.shape)}")
-        if resolution is None and pixels.shape[1] != pixels.shape[2]:
-            raise ValueError(f"{path}: images of {pixels.shape[2]}x{pixels.shape[1]} are not square: pass --resolution")
-        self.name, self.pixels, self.mode = path.name, pixels, image_mode
-        self.resolution = resolution or pixels.shape[1]
 
-    def __len__(self):
-        return len(self.pixels)
-
-    def decode_all(self):
-        """All images, uint8 [N, C, resolution, resolution]."""
-        unchanged = self.pixels.shape[1:] == (self.resolution, self.resolution, 3 if self.mode == "RGB" else 1)
-        if unchanged:
-            return torch.from_numpy(self.pixels.transpose(0, 3, 1, 2).copy())
-        return torch.stack([self.image_or_next(i)[0] for i in range(len(self))])
-
-    def image_or_next(self, index):
-        """Image `index`, uint8 [C, resolution, resolution], resized as `ImageDataset` does it, and []."""
-        pixels, size = self.pixels[index], (self.resolution, self.resolution)
-        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert(self.mode)
-        image = np.array(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC))
-        return torch.from_numpy(image.reshape(*size, -1).transpose(2, 0, 1).copy()), []
+def read_input(options, number, images):
+    """Decode an input, or the subset that was asked for. Raises ValueError, which names the flag."""
+    try:
+        return read_images(images, getattr(options, f"num_images{number}"), options.seed)
+    except ValueError as error:
+        raise ValueError(name_input(str(error), number)) from error
 
 
 def read_images(images, num_images=None, seed=0):
@@ -346,15 +315,6 @@ def make_folders(options):
             Path(folder).mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"--{flag} {folder}: no permission to write there")
-
-
-def check_generated(folder, record, images, is_slice):
-    """Raise ValueError unless generate.py has finished, and all its images are there."""
-    if record["status"] != "complete" or (len(images) != record["num_images"] and not is_slice):
-        raise ValueError(
-            f"{folder} holds {len(images)} of {record['num_images']} images: let generate.py finish, or copy those "
-            "to be scored to another folder"
-        )
 
 
 def check_sizes(options, images1, images2):
@@ -424,11 +384,13 @@ def cache_name(options, images):
     return f"{readable[-60:]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
 
 
-def describe_input(options, number, images):
-    flags = (f"split{number}", f"dataset_config_name{number}", f"image_column{number}")
+def describe_input(options, number, source, images):
+    """What one input was: `source` as it was opened, and the `images` [N, C, H, W] taken from it."""
+    flags = (f"split{number}", f"dataset_config_name{number}", f"image_column{number}", f"white_level{number}")
     return {
         "name": getattr(options, f"input{number}"),
         **{flag[:-1]: getattr(options, flag) for flag in flags},
+        "contents": source.contents(),
         "num_images": len(images),
         "shape": list(images.shape[1:]),
         "sha256": fingerprint(images),
@@ -448,6 +410,12 @@ def describe_machine(device):
 def versions():
     modules = (torch, torchvision, torch_fidelity, transformers, np)
     return {module.__name__: module.__version__ for module in modules}
+
+
+def print_inputs(inputs):
+    """One line an input: how many images there are, of what, and what was left out."""
+    for number, images in enumerate(inputs, 1):
+        print(f"--input{number}: {images.describe()}")
 
 
 def print_table(record):

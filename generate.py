@@ -28,6 +28,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
+from images.records import RECORD, read_record
 from pipelines import (
     UnconditionalPipeline,
     choose_kernels,
@@ -35,7 +36,7 @@ from pipelines import (
     load_configs,
     make_grid_image,
 )
-from pipelines.image_files import FORMATS, RECORD, Writer, read_record, write_atomically
+from pipelines.image_files import FORMATS, Writer, write_atomically
 from recipes import one_line_errors, parse_options
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}

@@ -264,6 +264,7 @@ def train(options, accelerator):
             warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
 
     # Here the run begins to write: all that can refuse has refused
+    batches.peek()
     hub_repository = None
     made_for = {
         "unet": json.loads(accelerator.unwrap_model(unet).to_json_string()),

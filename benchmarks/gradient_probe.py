@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_data import normalize, open_images
+from images import normalize, open_images
 from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed
 from training.metrics import device_name
 from training.models import epsilon_errors, epsilon_scale_of

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_data import normalize, open_images
+from images import normalize, open_images
 from samplers import NoiseSchedule, fold_seed
 from training.evaluation import Evaluator
 from training.metrics import device_name

@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DTYPES
-from image_data import open_images, training_batches
+from images import open_images, training_batches
 from pipelines import UnconditionalPipeline, choose_kernels, to_pil
 from recipes import one_line_errors, parse_options
 from samplers import METHODS, make_timestep_sampler

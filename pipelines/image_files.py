@@ -4,7 +4,6 @@ A format knows which files hold which images, so that a run that was killed can 
 """
 
 import io
-import json
 import os
 import zipfile
 from collections import deque
@@ -20,9 +19,6 @@ from PIL import Image
 from pipelines.unconditional import to_pil
 
 Write = Callable[[BinaryIO], Any]
-
-
-RECORD = "generation.json"  # of generate.py, beside images/ or images.npz
 
 
 def write_atomically(path: Path, write: Write) -> None:
@@ -204,15 +200,6 @@ class NpzShards(Shards):
 
 
 FORMATS = {"png": PngFiles, "npz": NpzShards, "parquet": ParquetShards}
-
-
-def read_record(folder):
-    """What generate.py has noted of the images in a folder; None in any other folder."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        return record if {"status", "num_images", "settings"} <= record.keys() else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
-        return None
 
 
 def read_npz(path: Path) -> np.ndarray:

@@ -66,6 +66,13 @@ def cifar10():
     return folder
 
 
+@pytest.fixture(scope="session")
+def digits():
+    from images import open_images
+
+    return open_images("digits")
+
+
 def _run(flags, log_path, tamper):
     """In the new process: output to a file, then the script as from the command line."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

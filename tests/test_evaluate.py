@@ -21,7 +21,7 @@ import evaluate
 import feature_extractors
 from evaluate import EvaluationOptions, calculate
 from feature_extractors import Extractor, TransformersExtractor, load_extractor, make_frechet_metric
-from image_data import open_images
+from images import open_images
 from recipes import parse_options
 
 torch.set_num_threads(1)
@@ -428,7 +428,7 @@ def test_a_resolution_resizes_every_source_alike(tmp_path):
 
 def test_a_random_subset_depends_on_the_seed_alone(tmp_path):
     save_npz(noise(30), tmp_path / "images.npz")
-    images = evaluate.NpzImages(tmp_path / "images.npz")
+    images = open_images(str(tmp_path / "images.npz"))
     subset = evaluate.read_images(images, 10, seed=1)
     assert torch.equal(subset, evaluate.read_images(images, 10, seed=1))
     assert not torch.equal(subset, evaluate.read_images(images, 10, seed=2))
@@ -474,7 +474,20 @@ def test_the_record_says_how_to_repeat_it(tmp_path, score, capsys):
     assert (record["input1"]["num_images"], record["input2"]["num_images"]) == (40, 1797)
     assert record["feature_extractor"]["features"] == "pooler_output"
     assert len(record["feature_extractor"]["weights_sha256"]) == 64
+    assert record["input2"]["contents"]["images"] == 1797
+    assert "--input2: 1,797 images of digits (8x8)" in output
     assert {"device", "versions", "seconds", "torch_fidelity"} <= record.keys()
+
+
+def test_mixed_sizes_of_an_input_are_announced(tmp_path, score, caplog):
+    model = save_model(transformers.ViTModel(tiny_vit()), tmp_path / "vit")
+    save_pngs(noise(8), tmp_path / "mixed")
+    Image.new("RGB", (32, 32)).save(tmp_path / "mixed" / "000007.png")
+    flags = ["--input1", tmp_path / "mixed", "--input2", "digits", "--num_images2", 8, "--metrics", "prc"]
+    record = score(*flags, "--feature_extractor", model)
+    note = "images differ in size (of 8 images: 7 of 8x8, 1 of 32x32): all are resized and cropped to 8x8"
+    assert note in caplog.text
+    assert record["input1"]["contents"]["notes"][0].startswith(note)
 
 
 # --------------------------------------------------------------------------------------------------- errors
@@ -515,6 +528,9 @@ def test_options_that_are_not_allowed(flags, message, capsys):
         ("--input1 {nowhere}.npz", "--input1: {nowhere}.npz: no such file"),
         ("--input1 {floats}", "arr_0 must be uint8 [N, H, W, 1 or 3], not float64 [2, 3]"),
         ("--input1 {unfinished}", "holds 3 of 4 images: let generate.py finish"),
+        ("--input1 {floating}", "--input1: {floating}: image 0: {floating}/1.tiff: grey levels 300..300 are"),
+        ("--input1 {floating}", "--white_level1 300"),
+        ("--input1 {images} --white_level1 0", "--input1: --white_level1 0.0 is not a positive number"),
         ("--input2 digits --split2 test", "--input2 digits has no split 'test'"),
         ("--input2 {parquet} --image_column2 picture", "--image_column2 picture: {parquet} has no such column"),
         ("--feature_extractor {empty}", "--feature_extractor {empty} is neither 'inception' nor"),
@@ -558,6 +574,8 @@ def errors_folder(tmp_path_factory):
     save_pngs(noise(3), folder / "unfinished" / "images")
     record = {"status": "running", "num_images": 4, "settings": {"format": "png"}}
     (folder / "unfinished" / "generation.json").write_text(json.dumps(record))
+    (folder / "floating").mkdir()
+    Image.new("F", (8, 8), 300).save(folder / "floating" / "1.tiff")
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(folder / "parquet.parquet")
     torch.save({"weight": torch.zeros(2)}, folder / "other.pth")
     return folder

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from test_samplers import every_schedule, tables
 
-from image_data import open_images
+from images import open_images
 from samplers import NoiseSchedule, Spectrum, WienerFilter, make_timestep_sampler, mean_squares, weightings
 from samplers.spectrum import component_powers
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import training.step as training_step
 from feature_extractors import load_extractor
-from image_data import open_images
+from images import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
 from training.ema import WeightAverage
@@ -80,7 +80,7 @@ def test_the_result_loads_in_diffusers_alone(train, tmp_path):
         "import sys; from diffusers import DDPMPipeline;"
         f"p = DDPMPipeline.from_pretrained({str(run.folder)!r}); p.set_progress_bar_config(disable=True);"
         "image = p(num_inference_steps=2).images[0]; assert image.size == (8, 8), image.size;"
-        "assert not {'samplers', 'pipelines', 'image_data', 'training'} & set(sys.modules)"
+        "assert not {'samplers', 'pipelines', 'images', 'training'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from images.records import TRAINING_RECORD as OPTIONS_FILE
+
 from .folder_lock import LOCK_FILE
 
 LIST_FILE = ".written_files"  # marks the folder as that of a run
-OPTIONS_FILE = "training_options.yaml"
 SUMMARY_FILE = "training_summary.json"
 NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token")  # options of one start, or secret
 

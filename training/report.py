@@ -115,8 +115,6 @@ def describe_data(summary):
     data = summary["data"]
     phrase = f"{data['images']:,} images" + (f" of {data['files']:,} files" if data["files"] is not None else "")
     left_out = [f"{count:,} {reason}" for reason, count in data["left_out"].items()]
-    if summary["skipped_images"]:
-        left_out.append(f"{summary['skipped_images']:,} unreadable images")
     return phrase + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 

@@ -1,0 +1,363 @@
+"""Images as a map-style dataset of square uint8 tensors, of one mode, size and range for all."""
+
+import itertools
+import logging
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image, load_image
+from .look import Look, note_on_sizes, range_of_sizes
+from .sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+IMAGE_MODES = ("auto", "L", "RGB")
+ON_BAD_IMAGE = ("error", "skip")
+ROWS_PER_TASK = 64  # images a thread decodes before it reports: a smooth bar at little overhead
+FINGERPRINTED = 64  # images that a fingerprint looks at
+MAX_CLASSES_NAMED = 10
+
+
+def open_images(
+    dataset_name: str,
+    *,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    image_column: str | None = None,
+    resolution: int | None = None,
+    image_mode: str = "auto",
+    on_bad_image: str = "error",
+    white_level: float | None = None,
+) -> "ImageDataset":
+    """Open a source of images as a map-style dataset of square uint8 tensors.
+
+    What is unusual about the source is logged as a warning, and kept in `contents()["notes"]`.
+
+    Args:
+        dataset_name: "digits" (scikit-learn's, 8x8 grey, no download); or a local path, to a folder of
+            images, of parquet files, or written by `save_to_disk` or generate.py, or to one .parquet or .npz
+            file; or a Hub dataset.
+        dataset_config_name: configuration of a Hub dataset that has several.
+        split: which split; or a slice such as "train[:1000]" or "train[10%:20%]".
+        cache_dir: where `datasets` keeps its files; None for its default.
+        image_column: name of the image column; None finds it by its type.
+        resolution: side in pixels; other sizes are resized (bicubic) and centre-cropped. None takes the size
+            of the first image, which must be square.
+        image_mode: "L" (1 channel), "RGB" (3 channels), or "auto": "L" if a sample of images spread over
+            the dataset is all grey.
+        on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
+        white_level: the level that is white in grey images of more than 8 bits or of floats; None for 65535
+            if they are integers; if floats, for 1 if a sample of them stays below, else for 255.
+
+    Raises:
+        ValueError: the source, its split or its image column cannot be found, or the size or mode is unclear.
+    """
+    if image_mode not in IMAGE_MODES:
+        raise ValueError(f"--image_mode {image_mode} is none of {IMAGE_MODES}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"--on_bad_image {on_bad_image} is none of {ON_BAD_IMAGE}")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"--resolution {resolution} is not a positive number of pixels")
+    if white_level is not None and not 0 < white_level < float("inf"):
+        raise ValueError(f"--white_level {white_level} is not a positive number")
+    options = {"config_name": dataset_config_name, "cache_dir": cache_dir, "image_column": image_column}
+    source = open_source(dataset_name, split=split, **options)
+    look = Look(source.images)
+    white_levels = look.white_levels(white_level)
+    dataset = ImageDataset(
+        source,
+        mode=look.common_mode() if image_mode == "auto" else image_mode,
+        mode_is_a_guess=image_mode == "auto",
+        resolution=resolution or _own_resolution(source, on_bad_image),
+        resolution_is_a_guess=resolution is None,
+        white_levels=white_levels,
+        on_bad_image=on_bad_image,
+    )
+    for index in look.outside(white_levels):
+        dataset[index]  # raises an error that names the image: better now than in the middle of a run
+    for note in source.notes + look.notes_on_levels(white_level):
+        dataset.add_note(note)
+    dataset.note_sizes(look.sizes, look.is_complete)
+    return dataset
+
+
+def _own_resolution(source: Source, on_bad_image: str) -> int:
+    """Side in pixels of the first image that can be decoded. Raises ValueError if it is not square."""
+    for i, entry in enumerate(source.images):
+        try:
+            width, height = load_image(entry).size
+        except BadImage as error:
+            if on_bad_image == "error":
+                raise _bad_images_error(source.name, {i: error}, len(source.images)) from error
+            continue
+        if width != height:
+            raise ValueError(f"{source.name}: image {i} is {width}x{height}, not square: pass --resolution")
+        return width
+    raise ValueError(f"{source.name}: none of the {len(source.images)} images can be decoded")
+
+
+def _bad_images_summary(name: str, bad: dict[int, Any]) -> str:
+    """Name the first ten of the bad images. `bad` maps an index to the reason why that image is bad."""
+    indices = sorted(bad)
+    some = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+    return f"{name}: cannot decode {len(bad)} image(s), index {some}; the first: {bad[indices[0]]}"
+
+
+def _bad_images_error(name: str, bad: dict[int, Any], num_images: int) -> BadImage:
+    hint = " (--on_bad_image skip leaves such images out)" if len(bad) < num_images else " (no image is left)"
+    return BadImage(_bad_images_summary(name, bad) + hint)
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Map-style dataset of uint8 tensors [C, resolution, resolution], decoded on access. See `open_images`.
+
+    With `on_bad_image="skip"`, the next good image stands in for one that cannot be decoded.
+
+    Attributes:
+        name: the `dataset_name` it was opened with.
+        channels: 1 or 3.
+        resolution: side in pixels.
+        nbytes: size of all its images as uint8.
+        bad_images: sorted indices of the images skipped so far because they cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        mode: str,
+        resolution: int,
+        mode_is_a_guess: bool = False,
+        resolution_is_a_guess: bool = False,
+        white_levels: WhiteLevels = WhiteLevels(),  # noqa: B008
+        on_bad_image: str = "error",
+    ):
+        self.name = source.name
+        self.channels = {"L": 1, "RGB": 3}[mode]
+        self.resolution = resolution
+        self._source = source
+        self._images = source.images
+        self._mode = mode
+        self._mode_is_a_guess = mode_is_a_guess
+        self._resolution_is_a_guess = resolution_is_a_guess
+        self._white_levels = white_levels
+        self._skip = on_bad_image == "skip"
+        self._bad = set()
+        self._sizes = Counter()  # {(width, height): how many} of those looked at, or of all once all are decoded
+        self._notes = []
+        self._note_on_sizes = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image, bad = self.image_or_next(index)
+        self.note_bad_images(bad)
+        return image
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * self.channels * self.resolution**2
+
+    @property
+    def bad_images(self) -> list[int]:
+        return sorted(self._bad)
+
+    # What it holds, for people
+
+    def describe(self) -> str:
+        """One line: how many images of what, of which classes and sizes, and what was left out."""
+        contents = self.contents()
+        of_files = f" of {_counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
+        left_out = ", ".join(_counted(count, reason) for reason, count in contents["left_out"].items())
+        name = self.name
+        if contents["files"] is not None and not name.endswith(os.sep):
+            name += os.sep
+        details = "; ".join(filter(None, [_describe_classes(contents["classes"]), range_of_sizes(self._sizes)]))
+        line = f"{_counted(contents['images'], 'image')}{of_files} {name} ({details})"
+        return f"{line}; left out: {left_out}" if left_out else line
+
+    def contents(self) -> dict[str, Any]:
+        """What `describe` says, for a record: images, files, classes, left_out ({reason: count}) and notes."""
+        left_out = {reason: count for reason, count in self._source.left_out.items() if count}
+        if self._bad:
+            left_out["unreadable image"] = len(self._bad)
+        return {
+            "images": len(self) - len(self._bad),
+            "files": self._source.files,
+            "classes": self._source.classes,
+            "left_out": left_out,
+            "notes": self._notes + ([self._note_on_sizes] if self._note_on_sizes else []),
+        }
+
+    def fingerprint(self) -> str:
+        """The number of images and a checksum over up to 64 of them, undecoded: the same for the same data anywhere.
+
+        It changes when the data set grows, shrinks or is reordered; not for every change of a single image.
+        """
+        count = min(len(self), FINGERPRINTED)
+        checksum = 0
+        for i in range(count):
+            checksum = zlib.crc32(_undecoded_bytes(self._images[i * len(self) // count]), checksum)
+        return f"{len(self)}-{checksum:08x}"
+
+    def add_note(self, note: str) -> None:
+        """Keep an announcement for `contents`, and log it."""
+        self._notes.append(note)
+        logger.warning("%s: %s", self.name, note)
+
+    def note_sizes(self, sizes: Counter, is_complete: bool) -> None:
+        """Keep the sizes of the images before resizing; say so if they differ and nobody chose a resolution."""
+        self._sizes = sizes
+        note = note_on_sizes(sizes, self.resolution, is_complete) if self._resolution_is_a_guess else None
+        if note and note != self._note_on_sizes:
+            logger.warning("%s: %s", self.name, note)
+        self._note_on_sizes = note
+
+    def note_bad_images(self, indices: Iterable[int]) -> None:
+        """Add to `bad_images`: a DataLoader's workers find them in a process of their own."""
+        self._bad.update(indices)
+
+    # Decoding
+
+    def image_or_next(self, index: int) -> tuple[torch.Tensor, list[int]]:
+        """Return image `index`, and []. Where bad images are skipped: the first good one from `index` on,
+        going round, and the list of the bad indices passed over."""
+        index, bad = range(len(self))[index], {}  # the range resolves -1, and raises IndexError
+        candidates = itertools.chain(range(index, len(self)), range(index)) if self._skip else [index]
+        for i in candidates:
+            try:
+                return torch.tensor(self._fit(self._decode(i, self._images[i]))), list(bad)
+            except BadImage as error:
+                bad[i] = str(error)
+        raise _bad_images_error(self.name, bad, len(self))
+
+    def sample(self, count: int = 512) -> torch.Tensor:
+        """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
+        spacing = max(len(self) / count, 1)
+        return normalize(torch.stack([self[int(i * spacing)] for i in range(min(count, len(self)))]))
+
+    def decode_all(self, num_workers: int | None = None, show_progress: bool = True) -> torch.Tensor:
+        """Decode every image, in a pool of threads (Pillow releases the GIL while it decodes).
+
+        Args:
+            num_workers: number of threads; None or 0 for one a core, up to 8 (small images gain little).
+            show_progress: draw a progress bar.
+
+        Returns:
+            uint8 tensor [N, C, H, W], in the order of the dataset, without the skipped ones (`bad_images`).
+
+        Raises:
+            ValueError: images cannot be decoded (with "skip": all of them), naming the first ten.
+        """
+        images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
+        pixels, bad, sizes = images.numpy(), {}, Counter()
+
+        def decode_rows(start):
+            entries = self._images[start : start + ROWS_PER_TASK]
+            found = []
+            for i, entry in enumerate(entries, start):
+                try:
+                    image = self._decode(i, entry)
+                    pixels[i] = self._fit(image)
+                    found.append(image.size)
+                except BadImage as error:
+                    bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
+            return len(entries), found
+
+        bar = tqdm(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
+        pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8))
+        with bar, pool:
+            try:
+                for count, found in pool.map(decode_rows, range(0, len(self), ROWS_PER_TASK)):
+                    bar.update(count)
+                    sizes.update(found)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # else the error would be heard after all the rest is decoded
+                raise
+        if bad:
+            images = self._without(images, bad)
+        self.note_sizes(sizes, is_complete=True)
+        return images
+
+    def _decode(self, index: int, entry: Entry) -> Image.Image:
+        """Decode one image to "L" or "RGB", at its own size."""
+        try:
+            image = decode_image(entry, self._white_levels)
+        except BadImage:
+            raise
+        except ImageError as error:
+            raise ImageError(f"{self.name}: image {index}: {error}") from None
+        if self._mode_is_a_guess and self._mode == "L" and image.mode == "RGB":
+            raise ImageError(
+                f"{self.name}: image {index} is in colour, and a sample of the others was all grey: "
+                "pass --image_mode RGB (or L, to make every image grey)"
+            )
+        return image
+
+    def _fit(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop to uint8 [C, resolution, resolution]; an image of that very size is unchanged."""
+        size = (self.resolution, self.resolution)
+        image = ImageOps.fit(image.convert(self._mode), size, method=Image.Resampling.BICUBIC)
+        return np.asarray(image).reshape(*size, self.channels).transpose(2, 0, 1)
+
+    def _without(self, images: torch.Tensor, bad: dict[int, str]) -> torch.Tensor:
+        """Drop the images at the indices in `bad` from [N, C, H, W], or raise, as on_bad_image says."""
+        if not self._skip or len(bad) == len(self):
+            raise _bad_images_error(self.name, bad, len(self))
+        self.note_bad_images(bad)
+        logger.warning("Skipping bad images. %s", _bad_images_summary(self.name, bad))
+        good = [i for i in range(len(images)) if i not in bad]
+        for to, i in enumerate(good):  # in place: a second copy might not fit
+            images[to] = images[i]
+        return images[: len(good)]
+
+
+def _undecoded_bytes(entry: Entry) -> bytes:
+    """The bytes of an image as they are stored; none if there are none, or if the file has vanished."""
+    if isinstance(entry, np.ndarray):
+        return entry.tobytes()
+    entry = entry or {}
+    if entry.get("bytes") is not None:
+        return entry["bytes"]
+    try:
+        return Path(entry["path"]).read_bytes() if entry.get("path") else b""
+    except OSError:
+        return b""
+
+
+def _counted(count: int, reason: str) -> str:
+    """ "2 hidden files", "1 .txt": what is counted in the plural if there are several."""
+    if count != 1 and not reason.startswith("."):
+        reason = re.sub(r"\b(image|file|folder|link)\b", r"\1s", reason, count=1)
+    return f"{count:,} {reason}"
+
+
+def _describe_classes(classes: list[str] | None) -> str:
+    if classes is None:
+        return ""
+    names = ", ".join(classes[:MAX_CLASSES_NAMED]) + (", ..." if len(classes) > MAX_CLASSES_NAMED else "")
+    return f"{len(classes)} class{'es' if len(classes) != 1 else ''}: {names}"
+
+
+def normalize(images_uint8: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
+    """Map uint8 images [B, C, H, W] to float32 in [-1, 1]: x / 127.5 - 1.
+
+    Args:
+        flips: bool [B] on the same device, or None; where True, the image is mirrored left to right.
+    """
+    if flips is not None:
+        images_uint8 = torch.where(flips[:, None, None, None], images_uint8.flip(-1), images_uint8)
+    return images_uint8.to(torch.float32) / 127.5 - 1
