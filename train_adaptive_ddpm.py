@@ -273,6 +273,7 @@ def train(options, accelerator):
     if accelerator.is_main_process:
         if options.push_to_hub:
             hub_repository = create_hub_repository(options)
+        output.remove_partial_saves()
         if options.overwrite_output_dir:
             output.delete_results()
         for path in discard_checkpoints_after(output, step):

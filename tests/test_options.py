@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_UNET
+from diffusers import UNet2DModel
 from PIL import Image
 
 from recipes import load_recipe, save_options
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
-from training.models import method_parts
+from training.models import build_unet, method_parts
 
 
 def refused(flags, capsys):
@@ -23,29 +24,43 @@ def refused(flags, capsys):
 
 
 BAD_FLAGS = [
-    (["--train_batch_size", "0"], ["--train_batch_size 0", "greater than 0"]),
+    (["--train_batch_size", "0"], ["--train_batch_size 0", "[1, 2**24]"]),
     (["--train_batch_size", "many"], ["--train_batch_size", "many"]),
-    (["--learning_rate", "-1"], ["--learning_rate -1.0", "greater than 0"]),
-    (["--learning_rate", "nan"], ["--learning_rate nan"]),
-    (["--lr_warmup_steps", "-1"], ["--lr_warmup_steps -1", "negative"]),
+    (["--train_batch_size", "1.5"], ["--train_batch_size", "1.5"]),
+    (["--train_batch_size", str(10**12)], ["--train_batch_size 1000000000000", "[1, 2**24]"]),
+    (["--seed", "4294967296"], ["--seed 4294967296", "[0, 2**32)"]),
+    (["--seed", "-1"], ["--seed -1", "[0, 2**32)"]),
+    (["--learning_rate", "-1"], ["--learning_rate -1.0", "(0, inf)"]),
+    (["--learning_rate", "nan"], ["--learning_rate nan", "(0, inf)"]),
+    (["--learning_rate", "inf"], ["--learning_rate inf", "(0, inf)"]),
+    (["--lr_warmup_steps", "-1"], ["--lr_warmup_steps -1", "[0, 2**53]"]),
     (["--adam_beta1", "1"], ["--adam_beta1 1.0", "[0, 1)"]),
+    (["--max_grad_norm", "nan"], ["--max_grad_norm nan", "(0, inf]"]),
+    (["--white_level", "0"], ["--white_level 0.0", "(0, inf)"]),
     (["--method", "magic"], ["--method", "magic", "adaptive", "min_snr"]),
     (["--timestep_sampler", "magic"], ["--timestep_sampler magic", "uniform", "log_normal"]),
     (["--loss_weighting", "magic"], ["--loss_weighting magic", "bell", "p2"]),
     (["--error_filter", "magic"], ["--error_filter magic", "none", "wiener"]),
     (["--prediction_type", "magic"], ["--prediction_type", "v_prediction"]),
     (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
-    (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "at least 2"]),
+    (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "[2, 10**6]"]),
     (["--ddpm_num_inference_steps", "2000"], ["--ddpm_num_inference_steps 2000", "1000"]),
-    (["--max_train_seconds", "0"], ["--max_train_seconds 0.0", "greater than 0"]),
+    (["--max_train_seconds", "0"], ["--max_train_seconds 0.0", "(0, inf)"]),
+    (["--max_train_seconds", "inf"], ["--max_train_seconds inf", "(0, inf)"]),
     (["--lr_scheduler", "cosine", "--max_train_seconds", "5"], ["--lr_scheduler cosine", "--max_train_steps"]),
     (["--unet", "{"], ["--unet", "{"]),
     (["--unet", "[1]"], ["--unet", "[1]"]),
     (["--no_such_flag", "1"], ["--no_such_flag"]),
     (["--config", "absent.yaml"], ["--config", "absent.yaml", "no such file"]),
     (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume_from"]),
-    (["--logging_dir", "/elsewhere"], ["--logging_dir /elsewhere", "inside --output_dir"]),
-    (["--logging_dir", ".."], ["--logging_dir ..", "inside --output_dir"]),
+    (["--logging_dir", "/elsewhere"], ["--logging_dir '/elsewhere'", "inside --output_dir"]),
+    (["--logging_dir", "logs/../.."], ["--logging_dir 'logs/../..'", "inside --output_dir"]),
+    (["--logging_dir", "./"], ["--logging_dir './'", "inside --output_dir"]),
+    (["--logging_dir", ""], ["--logging_dir ''", "inside --output_dir"]),
+    (["--logging_dir", "samples/logs"], ["--logging_dir samples/logs", "choose another"]),
+    (["--logging_dir", "checkpoint-5"], ["--logging_dir checkpoint-5", "choose another"]),
+    (["--output_dir", ""], ["--output_dir ''", "must not be empty"]),
+    (["--dataset_name", ""], ["--dataset_name ''", "must not be empty"]),
     (["--logger", "wandb"], ["--logger wandb", "pip install wandb"]),
     (["--on_bad_image", "ignore"], ["--on_bad_image", "skip"]),
 ]
@@ -66,26 +81,73 @@ BAD_STARTS = [
     (["--ddpm_beta_schedule", "magic"], ["--ddpm_beta_schedule", "magic"]),
     (["--unet", '{"no_such_setting": 1}'], ["--unet", "no_such_setting"]),
     (["--unet", '{"block_out_channels": [8, 16, 32]}'], ["--unet"]),
+    (["--unet", '{"block_out_channels": 8}'], ["--unet", '"block_out_channels": 8']),
+    (["--unet", '{"block_out_channels": []}'], ["--unet", '"block_out_channels": []']),
     (["--unet", '{"norm_num_groups": 7}'], ["--unet"]),
+    (["--unet", '{"norm_num_groups": 0}'], ["--unet", '"norm_num_groups": 0']),
+    (["--unet", '{"layers_per_block": "1"}'], ["--unet", '"layers_per_block": "1"']),
+    (["--unet", '{"norm_eps": "small"}'], ["--unet", '"norm_eps": "small"']),
+    (["--unet", '{"act_fn": "magic"}'], ["--unet", "magic"]),
+    (["--unet", '{"num_class_embeds": 10}'], ["--unet", "class_labels"]),
+    (["--unet", '{"in_channels": 7}'], ["--unet in_channels 7", "images"]),
     (["--noise_scheduler", '{"no_such_setting": 1}'], ["--noise_scheduler", "no_such_setting"]),
     (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--noise_scheduler", "zero terminal SNR"]),
+    (["--noise_scheduler", '{"steps_offset": 1}'], ["--noise_scheduler", "steps_offset=1"]),
+    (["--noise_scheduler", '{"thresholding": true}'], ["--noise_scheduler", "thresholding"]),
+    (["--noise_scheduler", '{"variance_type": "learned"}'], ["--noise_scheduler", "variance_type", "learned"]),
+    (["--noise_scheduler", '{"trained_betas": [0.1, 0.2]}'], ["--noise_scheduler", "2 values", "1000"]),
+    (["--noise_scheduler", '{"beta_start": "low"}'], ["--noise_scheduler", '"beta_start": "low"']),
+    (["--noise_scheduler", '{"beta_end": 1.5}'], ["--noise_scheduler", "(0, 1]"]),
+    (["--noise_scheduler", '{"num_train_timesteps": 10}'], ["--noise_scheduler", "--ddpm_num_steps"]),
     (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "bf16"]),
     (["--method", "speed", "--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "5"], ["SpeeD", "noise schedule"]),
     (["--timestep_sampler_options", '{"horizons": 3}'], ["timestep_sampler_options", "horizons"]),
     (["--timestep_sampler_options", '{"uniform_fraction": 0}'], ["uniform_fraction", "(0, 1]"]),
+    (["--timestep_sampler_options", '{"uniform_fraction": "x"}'], ["--timestep_sampler_options", "uniform_fraction"]),
+    (["--timestep_sampler_options", '{"refresh_every": "x"}'], ["--timestep_sampler_options", "refresh_every"]),
+    (["--timestep_sampler_options", '{"seed": 3}'], ["--timestep_sampler_options", "seed"]),
     (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint"]),
     (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),
+    (["--train_batch_size", 2**24, "--gradient_accumulation_steps", 2**24], ["--train_batch_size 16777216", "GB"]),
+    (["--push_to_hub"], ["--push_to_hub", "run"]),
+    (["--push_to_hub", "--hub_model_id", "a/b/c"], ["--push_to_hub", "a/b/c"]),
 ]
 
 
-@pytest.mark.parametrize(("flags", "parts"), BAD_STARTS, ids=[" ".join(flags) for flags, _ in BAD_STARTS])
+@pytest.mark.parametrize(("flags", "parts"), BAD_STARTS, ids=[" ".join(map(str, flags)) for flags, _ in BAD_STARTS])
 def test_what_cannot_work_ends_in_one_line_before_training(train, flags, parts):
     run = train("run", *flags).wait(1)
     *_, line = run.output.splitlines()
     assert line.startswith("train_adaptive_ddpm.py: error: ")
+    assert "Traceback" not in run.output
     for part in parts:
         assert part in line
-    assert not (run.folder / "metrics.jsonl").exists()
+    assert not run.folder.exists()
+
+
+BAD_MODEL_CONFIGS = {
+    "a list": "[1, 2]",
+    "no JSON": "{",
+    "empty": "{}",
+    "of another class": '{"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16]}',
+    "wrong types": '{"block_out_channels": "wide"}',
+}
+
+
+@pytest.mark.parametrize("config", BAD_MODEL_CONFIGS)
+def test_a_model_config_that_is_none_is_named(train, tmp_path, config):
+    (tmp_path / "config.json").write_text(BAD_MODEL_CONFIGS[config])
+    run = train("run", "--model_config_name_or_path", tmp_path / "config.json", unet={}).wait(1)
+    assert "Traceback" not in run.output
+    assert f"--model_config_name_or_path {tmp_path / 'config.json'}" in run.output.splitlines()[-1]
+
+
+def test_a_pipelines_folder_is_a_model_config(train, tmp_path):
+    UNet2DModel(**TINY_UNET, sample_size=64, in_channels=3).save_config(tmp_path / "pipeline" / "unet")
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    options = command_line(["--dataset_name", "x", "--model_config_name_or_path", str(tmp_path / "pipeline")])
+    unet = build_unet(options, channels=1, resolution=8)
+    assert (unet.config.block_out_channels, unet.config.sample_size) == ([8, 16], 8)
 
 
 # The output folder
@@ -99,29 +161,12 @@ def test_results_are_never_overwritten_unasked(train):
     assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
 
 
-def test_overwriting_deletes_the_earlier_run_and_nothing_else(train):
-    first = train("run", "--max_train_steps", 12).wait()
-    (first.folder / "notes.txt").write_text("mine")
-    train("run", "--max_train_steps", 6, "--overwrite_output_dir").wait()
-    assert (first.folder / "notes.txt").read_text() == "mine"
-    assert [path.name for path in first.folder.glob("checkpoint-*")] == ["checkpoint-6"]
-    assert len(first.metrics) == 2
-
-
 def test_a_folder_that_is_no_run_is_not_overwritten(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "README.md").write_text("mine")
     run = train("run", "--overwrite_output_dir").wait(1)
     assert "is not the folder of a run" in run.output.splitlines()[-1]
     assert (tmp_path / "run" / "README.md").read_text() == "mine"
-
-
-def test_a_mistake_while_overwriting_loses_nothing(train):
-    first = train("run", "--max_train_steps", 6).wait()
-    train("run", "--overwrite_output_dir", "--dataset_name", "/no/such/folder").wait(1)
-    train("run", "--overwrite_output_dir", "--resolution", 9).wait(1)
-    assert (first.folder / "checkpoint-6").is_dir()
-    assert (first.folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_a_folder_that_is_no_run_is_not_resumed_into(train, tmp_path):

@@ -108,7 +108,7 @@ def test_killed_and_resumed(train, never_stopped, kill):
     resumed = train("run", "--resume_from_checkpoint", "latest").wait()
     assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
     assert resumed.metrics == never_stopped.metrics
-    assert not list(resumed.folder.glob(".*"))
+    assert [path.name for path in resumed.folder.rglob(".*")] == [".written_files"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from .output import remove_partial_saves
 from .saving import named_save_errors
 
 MANIFEST = "manifest.json"  # {file: crc32} of everything else in the checkpoint
@@ -28,7 +27,7 @@ def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
         return  # at the end of a run, or of one that was resumed with nothing left to do
     partial = output.folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        remove_partial_saves(output.folder)
+        output.remove_partial_saves()
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with named_save_errors(partial):

@@ -149,7 +149,7 @@ class TrainingLog:
             "skipped_images": skipped_images,
         }
         if skipped_images > self.skipped_images:
-            logger.warning(f"step {step:,}: {skipped_images:,} images so far could not be read; others took their place")
+            logger.warning(f"step {step:,}: {skipped_images:,} unreadable images so far; others took their place")
         self.skipped_images = skipped_images
         self.accelerator.log({name: value for name, value in record.items() if value is not None}, step=step)
         self.progress.set_postfix(loss="none" if loss is None else f"{loss:.4f}", images_per_s=f"{rate:.0f}")

@@ -155,14 +155,15 @@ def check_alphas_cumprod(noise_scheduler):
     alphas_cumprod, steps = noise_scheduler.alphas_cumprod, noise_scheduler.config.num_train_timesteps
     if len(alphas_cumprod) != steps:
         raise ValueError(f"trained_betas has {len(alphas_cumprod)} values, and --ddpm_num_steps is {steps}")
+    if not ((noise_scheduler.betas > 0).all() and (noise_scheduler.betas <= 1).all()):
+        raise ValueError("betas must be in (0, 1]")
     if alphas_cumprod[-1] == 0:
         raise ValueError(
             "a zero terminal SNR (rescale_betas_zero_snr) cannot be trained here: objectives are defined on the "
             "epsilon-loss, which says nothing about a network's output where there is no signal"
         )
-    falling = torch.cat([torch.ones(1), alphas_cumprod]).diff()
-    if not ((alphas_cumprod > 0).all() and (falling < 0).all()):
-        raise ValueError("the betas must lie in (0, 1), so that alphas_cumprod falls from 1 towards 0")
+    if not (torch.cat([torch.ones(1), alphas_cumprod]).diff() < 0).all():
+        raise ValueError("betas are so small that alphas_cumprod does not fall from each timestep to the next")
 
 
 def build_sampler(options, schedule, images, device):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from images.records import TRAINING_RECORD as OPTIONS_FILE
@@ -79,7 +80,8 @@ class OutputDir:
         """Delete listed files, and then the folders that this has emptied. Others are left, and so are links."""
         names = [name for name in names if name in self.written and not self.is_behind_a_link(name)]
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (self.folder / name).unlink()
         for folder in sorted({parent for name in names for parent in Path(name).parents}, reverse=True):
             path = self.folder / folder
             if folder.parts and path.is_dir() and not any(path.iterdir()):
@@ -89,9 +91,19 @@ class OutputDir:
         """Delete what runs have written in a sub-folder."""
         self.delete([name for name in self.written if Path(folder) in Path(name).parents])
 
+    def remove_partial_saves(self) -> None:
+        """Delete what saves that were killed left behind."""
+        for path in self.folder.iterdir():
+            if is_partial_save(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        for name in self.written:
+            if not self.is_behind_a_link(name):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    partial_path(self.folder / name).unlink()
+
     def delete_results(self) -> None:
         """Delete all that runs have written here; the list, which says so, comes last."""
-        remove_partial_saves(self.folder)
+        self.remove_partial_saves()
         self.delete(set(self.written))
         (self.folder / LIST_FILE).unlink(missing_ok=True)
         self._written = set()
@@ -121,9 +133,7 @@ def read_list(folder: Path) -> set[str]:
         return set(filter(is_inside, (folder / LIST_FILE).read_text().splitlines()))
     if (folder / OPTIONS_FILE).is_file():
         return files_by_name(folder, f"{RESULTS} {CHECKPOINTS} logs/adaptive-ddpm/events.out.tfevents.*")
-    return {
-        name for name in files_by_name(folder, CHECKPOINTS) if (folder / name).with_name("manifest.json").is_file()
-    }
+    return {name for name in files_by_name(folder, CHECKPOINTS) if (folder / name).with_name("manifest.json").is_file()}
 
 
 def files_by_name(folder: Path, patterns: str) -> set[str]:
@@ -142,11 +152,9 @@ def is_partial_save(name: str) -> bool:
     return re.fullmatch(r"\.checkpoint-\d+\.partial|\.pipeline\.partial", name) is not None
 
 
-def remove_partial_saves(folder: Path) -> None:
-    """Delete what a save that was killed left behind."""
-    for path in folder.iterdir():
-        if is_partial_save(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def partial_path(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".partial.{path.name}")
 
 
 def check_output_dir(output: OutputDir, *, resume: bool, overwrite: bool, checkpoints: bool) -> None:

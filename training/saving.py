@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .output import OutputDir
+from .output import OutputDir, partial_path
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def named_save_errors(path: Path) -> Iterator[None]:
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, of the same kind, then put it in place: `path` is always whole."""
-    partial = path.with_name(f".partial.{path.name}")
+    partial = partial_path(path)
     with named_save_errors(path):
         try:
             write(partial)
