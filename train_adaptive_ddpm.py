@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import ExitStack, closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -241,13 +242,8 @@ def train(options, accelerator):
             if accelerator.is_main_process:
                 pipeline = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(device)
                 pipeline.set_progress_bar_config(desc="sampling", leave=False)
-                images = None
-                with stop.abandoned_on_signal():
-                    images = pipeline.sample(
-                        range(options.eval_batch_size),
-                        options.seed,
-                        num_inference_steps=options.ddpm_num_inference_steps,
-                    )
+                numbers, steps = range(options.eval_batch_size), options.ddpm_num_inference_steps
+                images = stop.unless_signalled(partial(pipeline.sample, numbers, options.seed, steps))
                 if images is not None:
                     log.save_grid(make_grid_image(images.cpu()), f"samples/{name}.png", step)
             accelerator.wait_for_everyone()

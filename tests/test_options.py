@@ -130,14 +130,14 @@ BAD_MODEL_CONFIGS = {
     "no JSON": "{",
     "empty": "{}",
     "of another class": '{"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 16]}',
-    "wrong types": '{"block_out_channels": "wide"}',
+    "wrong types": '{"block_out_channels": [8, 16], "time_embedding_type": 3}',
 }
 
 
 @pytest.mark.parametrize("config", BAD_MODEL_CONFIGS)
 def test_a_model_config_that_is_none_is_named(train, tmp_path, config):
     (tmp_path / "config.json").write_text(BAD_MODEL_CONFIGS[config])
-    run = train("run", "--model_config_name_or_path", tmp_path / "config.json", unet={}).wait(1)
+    run = train("run", "--model_config_name_or_path", tmp_path / "config.json").wait(1)
     assert "Traceback" not in run.output
     assert f"--model_config_name_or_path {tmp_path / 'config.json'}" in run.output.splitlines()[-1]
 

@@ -95,9 +95,17 @@ def discard_checkpoints_after(output, step):
 def read_process_state(path, process_index):
     """What `save_checkpoint` was given as this process's `process_state`.
 
-    With more processes than saved it, the ones beyond take the state of the first."""
-    own = path / _process_file(process_index)
-    return torch.load(own if own.exists() else path / _process_file(0), map_location="cpu", weights_only=True)
+    With more processes than saved it, the ones beyond take the state of the first.
+
+    Raises:
+        ValueError: it cannot be read, or holds code.
+    """
+    saved = path / _process_file(process_index)
+    try:
+        state = torch.load(saved if saved.exists() else path / _process_file(0), map_location="cpu", weights_only=True)
+        return {**state, "step": int(state["step"]), "images": int(state["images"])}
+    except Exception as error:  # torch, pickle and zip have an error each
+        raise ValueError(f"--resume_from_checkpoint {path}: {_short(error)}") from error
 
 
 def load_checkpoint(accelerator, path):
@@ -111,8 +119,7 @@ def load_checkpoint(accelerator, path):
             torch.load(file, map_location="meta", weights_only=True)
         accelerator.load_state(str(path))
     except Exception as error:  # torch, safetensors and pickle have an error each
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--resume_from_checkpoint {path}: does not fit this run: {reason[:300]}") from error
+        raise ValueError(f"--resume_from_checkpoint {path}: does not fit this run: {_short(error)}") from error
 
 
 def list_checkpoints(output_dir):
@@ -136,6 +143,11 @@ def checkpoint_damage(path):
         if actual[file] != checksum:
             return f"{file} was changed or cut short"
     return None
+
+
+def _short(error):
+    """The gist of an error that may go on for pages."""
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _checksums(folder):

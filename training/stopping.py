@@ -2,7 +2,6 @@
 
 import os
 import signal
-from contextlib import contextmanager
 
 import psutil
 import torch
@@ -11,7 +10,7 @@ AGREE_EVERY = 10  # steps between two agreements of several processes: a collect
 
 
 class Abandoned(Exception):
-    """Raised by a signal in a block that is not worth waiting for."""
+    """Raised by a signal in what is not worth waiting for."""
 
 
 class StopCondition:
@@ -30,7 +29,7 @@ class StopCondition:
         self.accelerator, self.clock = accelerator, clock
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self.signal = None
-        self.in_abandonable_block = False
+        self.is_in_abandonable_part = False
         # A launcher that is sent SIGTERM may die without passing it on: its end is then the signal.
         self.launcher = os.getppid() if is_launcher(os.getppid()) else None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -44,22 +43,20 @@ class StopCondition:
             os.write(
                 2, f"\n{self.signal.name}: saving after this step and stopping; Ctrl-C twice ends at once\n".encode()
             )
-        if self.in_abandonable_block:
-            self.in_abandonable_block = False  # only the first signal: what comes next is cleaning up
+        if self.is_in_abandonable_part:
+            self.is_in_abandonable_part = False  # only the first signal: what comes next is cleaning up
             raise Abandoned
 
-    @contextmanager
-    def abandoned_on_signal(self):
-        """A block that a signal ends at once, as one has that came before: nothing of the run depends on it."""
+    def unless_signalled(self, function):
+        """What `function` returns; None if a signal came before its end, which ends it at once. For what nothing of the
+        run depends on."""
         try:
-            self.in_abandonable_block = True
-            if self.signal:
-                raise Abandoned
-            yield
+            self.is_in_abandonable_part = True
+            return None if self.signal else function()
         except Abandoned:
-            pass
+            return None
         finally:
-            self.in_abandonable_block = False
+            self.is_in_abandonable_part = False
 
     def is_signalled(self):
         """Whether any process was sent a signal. A collective, at whatever step: all processes must call it."""
