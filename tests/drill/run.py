@@ -32,7 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.
 os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
 
 import torch  # noqa: E402
-from runs import PRELOAD, Drill, Failed, References, Skipped, processes  # noqa: E402
+from runs import PRELOAD, Case, Drill, Failed, References, Skipped, bound, processes  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 PARTS = ("kills", "inputs", "disk", "nan", "bits", "processes", "locks")
@@ -83,8 +83,7 @@ def run_part(part, options, references):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     drill = Drill(options.scale, random.Random(f"{options.seed} {part}"), references)
-    cases = importlib.import_module(part).cases(drill)
-    cases = [case for case in cases if not options.cases or options.cases in case.name]
+    cases = [case for case in cases_of(part, drill) if not options.cases or options.cases in case.name]
     results = []
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(cases), desc=part, unit="case") as bar:
         tasks = [pool.submit(run_case, case, folder / f"{i:03d}", options.seed) for i, case in enumerate(cases)]
@@ -93,6 +92,19 @@ def run_part(part, options, references):
             bar.update()
             bar.set_postfix(Counter(result["result"] for result in results))
     return part_record(results, time.monotonic() - began)
+
+
+def cases_of(part, drill):
+    """The part's cases; where not even the undisturbed runs that they need can be made, one that says so."""
+    module = importlib.import_module(part)
+    try:
+        return module.cases(drill)
+    except Failed as failure:
+        return [Case("undisturbed runs", bound(give_up, failure))]
+
+
+def give_up(folder, rng, failure):
+    raise failure
 
 
 def run_case(case, folder, seed):
