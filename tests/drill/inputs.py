@@ -321,7 +321,7 @@ def by_kind(rng):
     """All inputs that are made by hand."""
     noise = rng.randbytes(200)
     return [
-        *(as_json("unet", TINY_UNET | value) for value in UNET),
+        *(as_json("unet", value | TINY_UNET | value) for value in UNET),
         *(as_json("noise_scheduler", value) for value in NOISE_SCHEDULER),
         *(as_json("timestep_sampler_options", value) for value in SAMPLER),
         *(Bad(TRAIN, flags, (flags[0].lstrip("-"), *names)) for flags, names in TRAINING_VALUES),
