@@ -106,6 +106,7 @@ def compare(options, training_options, training_flags):
     print(dataset.describe())
     evaluator = Evaluator(training_options, dataset, PartialState())
     results |= {"score": evaluator.name, "data": dataset.contents()}
+    write_json(results, folder / RESULTS_FILE)  # which makes the folder one to go on in
 
     runs = [(method, seed) for seed in options.seeds for method in options.methods]
     total = len(runs) * options.max_train_seconds

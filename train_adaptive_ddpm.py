@@ -254,7 +254,8 @@ def train(options, accelerator):
         if score is not None:
             log.write_score(step, images_seen, evaluator.name, score)
 
-    if options.compile or device.type == "cuda":
+    # DDP settles its buckets, and with them the order of its sums, after the first step: then it must not be the run's
+    if options.compile or device.type == "cuda" or world_size > 1:
         with clock.phase("warm_up"):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
             warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)

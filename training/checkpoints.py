@@ -23,9 +23,16 @@ def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
         total_limit: checkpoints to keep; older ones are deleted after the new one is in place.
     """
     final = output.folder / f"checkpoint-{step}"
-    if f"{final.name}/{MANIFEST}" in output.written and (final / MANIFEST).exists():
-        return  # at the end of a run, or of one that was resumed with nothing left to do
-    partial = output.folder / f".checkpoint-{step}.partial"
+    if not (f"{final.name}/{MANIFEST}" in output.written and (final / MANIFEST).exists()):  # as at the end of a run
+        _write_checkpoint(accelerator, output, final, process_state)
+    if accelerator.is_main_process and total_limit:
+        for _, old in list_checkpoints(output.folder)[:-total_limit]:
+            output.delete_under(old.name)
+    accelerator.wait_for_everyone()
+
+
+def _write_checkpoint(accelerator, output, final, process_state):
+    partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         output.remove_partial_saves()
         partial.mkdir(parents=True)
@@ -40,10 +47,6 @@ def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
             (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
             output.add(f"{final.name}/{name}" for name in (MANIFEST, *checksums))
             put_in_place(partial, final)
-        if total_limit:
-            for _, old in list_checkpoints(output.folder)[:-total_limit]:
-                output.delete_under(old.name)
-    accelerator.wait_for_everyone()
 
 
 def put_in_place(partial, final):
