@@ -23,7 +23,7 @@ def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
         total_limit: checkpoints to keep; older ones are deleted after the new one is in place.
     """
     final = output.folder / f"checkpoint-{step}"
-    if not (f"{final.name}/{MANIFEST}" in output.written and (final / MANIFEST).exists()):  # as at the end of a run
+    if not (final / MANIFEST).exists():  # as it does at the end of a run, whose last step had one
         _write_checkpoint(accelerator, output, final, process_state)
     if accelerator.is_main_process and total_limit:
         for _, old in list_checkpoints(output.folder)[:-total_limit]:
