@@ -76,7 +76,7 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
         options = options_class(**{name: expand_home(value) for name, value in values.items()})
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
-    if files and os.environ.get("RANK", "0") == "0":
+    if files and is_main_process():
         print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
     return options
 
@@ -92,6 +92,11 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         if "ADAPTIVE_DDPM_TRACEBACK" in os.environ:
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+
+
+def is_main_process() -> bool:
+    """By the launcher's environment, so also before the processes have found each other."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def expand_home(value: Any) -> Any:
