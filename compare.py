@@ -88,6 +88,9 @@ def main(argv):
     with one_line_errors(ValueError, OSError, FloatingPointError):
         options = ComparisonOptions(**vars(namespace))
         training_options = command_line(training_flags)  # a bad flag is found out here
+        for method, settings in options.sampler_options.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"--sampler_options {method} {settings!r}: must be a JSON object of settings")
         check_output_outside_data(options.output_dir, training_options.dataset_name)
         plan_run(training_options)
         with folder_lock(options.output_dir):

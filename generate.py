@@ -10,10 +10,13 @@ folder. With another batch size or device the network rounds differently, so the
 
 import hashlib
 import json
+import math
 import os
 import re
+import signal
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Literal
 
 import accelerate
 import diffusers
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -28,24 +32,26 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from images.records import RECORD, read_record
+from images.records import GRID, RECORD, read_record
 from pipelines import (
-    UnconditionalPipeline,
+    check_variant,
     choose_kernels,
     denoising_steps,
+    image_shape,
     load_configs,
+    load_pipeline,
     make_grid_image,
 )
 from pipelines.image_files import FORMATS, Writer, write_atomically
-from recipes import one_line_errors, parse_options
+from recipes import is_main_process, one_line_errors, parse_options
+from training.folder_lock import LOCK_FILE, folder_lock
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-GRID = "grid.png"
-OUR_FILES = re.compile(
-    r"(generation\.json|grid\.png|images\.npz|images/(\d{6,}\.png|\d{6,}-\d{6,}\.(npz|parquet)))(\.tmp)?"
-)
+MAX_IMAGES = 2**32  # as many numbers of images as there are; the last batch is padded with the next ones
+BYTES_PER_BLOCK = 200  # a Python range and its bounds
+MAX_GRID_IMAGES = 10_000  # a picture of 6,500 pixels a side, at least
 
 
 @dataclass
@@ -54,6 +60,7 @@ class GenerationOptions:
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
     pipeline: str | None = HfArg(default=None, help="Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler.")
+    variant: str | None = HfArg(default=None, help="Of its weights, as in diffusers: fp16 for *.fp16.safetensors.")
     output_dir: str | None = HfArg(default=None, help="Where the images go; made when missing.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete images made with other settings, and nothing else.")
     num_images: int = HfArg(default=64, help="How many images. More than before extends the folder.")
@@ -74,11 +81,19 @@ class GenerationOptions:
         for name in ("pipeline", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is required (--help lists the flags)")
-        for name, least in (("num_images", 1), ("batch_size", 1), ("grid_images", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} must be {least} or more")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed} must be in [0, 2**32)")
+        whole_numbers = {
+            "num_images": (1, MAX_IMAGES),
+            "batch_size": (1, MAX_IMAGES),
+            "grid_images": (0, MAX_GRID_IMAGES + 1),
+            "seed": (0, 2**32),
+        }
+        for name, (least, end) in whole_numbers.items():
+            if not least <= getattr(self, name) < end:
+                raise ValueError(f"--{name} {getattr(self, name)} must be in [{least}, {end})")
+        if self.num_images + self.batch_size > MAX_IMAGES:
+            raise ValueError(f"--num_images {self.num_images} and --batch_size {self.batch_size} must add up to less")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta {self.eta} must be in [0, 1]")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"--eta {self.eta} belongs to --sampler ddim, not {self.sampler}")
 
@@ -91,11 +106,20 @@ def main(argv=None):
 
     # Refuse what cannot work before any weights are read
     options = on_main(state, lambda: read_options(argv, state.device))
+    with ExitStack() as held:
+        on_main(state, lambda: held.enter_context(folder_lock(options.output_dir)))
+        generate(options, state)
+    state.destroy_process_group()
+
+
+def generate(options, state):
+    """Sample what is missing in a folder that this run holds."""
     folder = Path(options.output_dir)
 
-    # The model, and what is left to do
-    with state.main_process_first(), one_line_errors(ValueError, OSError):
-        pipeline = UnconditionalPipeline.from_pretrained(options.pipeline).to(state.device)
+    # The model, and what is left to do. The main process first: it may download, and what is wrong is said once
+    pipeline = on_main(state, lambda: load_weights(options), share=False)
+    with one_line_errors(ValueError):
+        pipeline = (pipeline or load_weights(options)).to(state.device)
     pipeline.scheduler = SCHEDULERS[options.sampler].from_config(pipeline.scheduler.config)
     # Blocks are all of one shape: a GPU can replay the network's kernels as a CUDA graph
     choose_kernels(pipeline.unet, state.device, options.mixed_precision, options.compile, mode="reduce-overhead")
@@ -103,18 +127,18 @@ def main(argv=None):
     todo = on_main(state, lambda: prepare_folder(folder, options, pipeline, files))
 
     start = time.perf_counter()
-    with one_line_errors(OSError):
+    with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), report_when_stopped(files):
         sample_blocks(pipeline, options, files, todo, state)
-    state.wait_for_everyone()
-    seconds, new = time.perf_counter() - start, sum(map(len, todo))
-
-    on_main(state, lambda: finish_folder(folder, options, files, describe_run(state, new, seconds)))
+        state.wait_for_everyone()
+        seconds, new = time.perf_counter() - start, sum(map(len, todo))
+        on_main(state, lambda: finish_folder(folder, options, files, describe_run(state, new, seconds)))
     state.print(f"{options.num_images} images in {folder} ({new} new in {seconds:.1f} s)")
-    state.destroy_process_group()
 
 
-def on_main(state, function):
-    """Run `function` on the main process; all processes return its result, or exit when it fails, with one message."""
+def on_main(state, function, share=True):
+    """Run `function` on the main process; all processes return its result, or exit when it fails, with one message.
+
+    With `share` false, the others return None."""
     result, code = None, None
     if state.is_main_process:
         try:
@@ -122,10 +146,10 @@ def on_main(state, function):
                 result = function()
         except SystemExit as error:
             code = error.code
-    result, status = broadcast_object_list([result, 1 if isinstance(code, str) else code])
+    shared, status = broadcast_object_list([result if share else None, 1 if isinstance(code, str) else code])
     if status is not None:
         sys.exit(code if state.is_main_process else status)
-    return result
+    return result if state.is_main_process else shared
 
 
 def sample_blocks(pipeline, options, files, todo, state):
@@ -148,6 +172,45 @@ def sample_blocks(pipeline, options, files, todo, state):
             bar.update(min(len(block) * state.num_processes, bar.total - bar.n))  # the others go at about this pace
 
 
+# ---------------------------------------------------------------------------------------------------- signals
+
+
+class Stopped(BaseException):
+    """SIGINT (Ctrl-C) or SIGTERM has come. No Exception, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, number, message="nothing was written"):
+        super().__init__(f"stopped by {signal.Signals(number).name}: {message}")
+        self.number = number
+
+
+@contextmanager
+def exit_when_stopped():
+    """Make a signal end the block at once, with one line and the shell's exit status for it, 128 + its number."""
+
+    def stop(number, _frame):
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        if is_main_process():
+            print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+
+
+@contextmanager
+def report_when_stopped(files):
+    """Tell, if a signal ends the block, how far the run has come."""
+    try:
+        yield
+    except Stopped as stopped:
+        total, missing = files.blocks[-1].stop, sum(map(len, files.missing()))
+        message = f"{total - missing} of {total} images are in {files.folder.parent}; the same command goes on"
+        raise Stopped(stopped.number, message) from None
+
+
 # ---------------------------------------------------------------------------------------------------- options
 
 
@@ -164,38 +227,67 @@ def read_options(argv, device):
         raise ValueError(f"--pipeline {options.pipeline}: no such folder, and no Hub id, which is owner/name")
     try:
         unet_config, scheduler = load_configs(options.pipeline)
-    except OSError as error:
-        raise ValueError(f"--pipeline {options.pipeline} is no pipeline's folder or Hub id: {error}") from error
-    channels = unet_config.get("in_channels", 3)
-    if channels not in (1, 3):
-        raise ValueError(f"--pipeline {options.pipeline} makes {channels} channels, not grey or RGB")
-    scheduler = SCHEDULERS[options.sampler].from_config(scheduler.config)
+        check_variant(options.pipeline, options.variant)
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise ValueError(f"--pipeline {error}") from error
+    shape = image_shape(unet_config)
+    if shape[0] not in (1, 3):
+        raise ValueError(f"--pipeline {options.pipeline} makes {shape[0]} channels, not grey or RGB")
+    check_memory(options, shape)
+    trained = scheduler.config.num_train_timesteps
     if options.num_inference_steps is None:
-        trained = scheduler.config.num_train_timesteps
         options.num_inference_steps = trained if options.sampler == "ddpm" else min(100, trained)
+    if not 1 <= options.num_inference_steps <= trained:
+        raise ValueError(f"--num_inference_steps {options.num_inference_steps} must be in [1, {trained}]")
+    scheduler = SCHEDULERS[options.sampler].from_config(scheduler.config)
     denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
-    check_folder(Path(options.output_dir), options.overwrite_output_dir)
+    check_folder(Path(options.output_dir), options)
     return options
 
 
-def check_folder(folder, overwrite):
-    """Refuse a folder with files of others, or at least with files that could be taken for ours."""
+def load_weights(options):
+    """The pipeline with its weights; ValueError, which names the option, where they cannot be loaded."""
+    try:
+        return load_pipeline(options.pipeline, options.variant)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--pipeline {error}") from error
+
+
+def check_memory(options, shape):
+    """Refuse what a typing error asks for before it exhausts the memory: a batch's images, or the list of blocks."""
+    available = psutil.virtual_memory().available
+    num_blocks = math.ceil(options.num_images / options.batch_size)
+    needs = {"batch_size": 4 * options.batch_size * math.prod(shape), "num_images": BYTES_PER_BLOCK * num_blocks}
+    for name, needed in needs.items():
+        if needed > available:
+            raise ValueError(
+                f"--{name} {getattr(options, name)} needs {needed / 1e9:,.1f} GB of memory, of which "
+                f"{available / 1e9:,.1f} are available"
+            )
+
+
+def check_folder(folder, options):
+    """Refuse a folder with files of others, or at least with such as the run would write over or be taken for ours."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
-    names = sorted(set(os.listdir(folder)) - {RECORD + ".tmp"}) if folder.exists() else []
-    if not names or read_record(folder):
+    names = sorted(set(os.listdir(folder)) - {RECORD + ".tmp", LOCK_FILE}) if folder.exists() else []
+    if not names:
         return
-    if not overwrite:
+    if read_record(folder):
+        files = FORMATS[options.format](folder, options.num_images, options.batch_size)
+        foreign = written_paths(files, options.grid_images > 0) - recorded_paths(folder)
+    elif options.overwrite_output_dir:
+        foreign = {folder / name for name in ("images", "images.npz", GRID, RECORD) if name in names}
+    else:
         raise ValueError(
             f"--output_dir {folder} is not empty ({names[0]}, ...) and has no {RECORD} of ours: "
             "choose another folder, or give --overwrite_output_dir, which leaves foreign files alone"
         )
-    for name in ("images", "images.npz", GRID, RECORD):
-        if name in names:
-            raise ValueError(
-                f"--output_dir {folder} has {name}, which generate.py did not write (there is no {RECORD} of ours): "
-                "choose another folder"
-            )
+    if foreign:
+        raise ValueError(
+            f"--output_dir {folder} has {min(foreign).relative_to(folder)}, which generate.py did not write "
+            f"(by its {RECORD}, if there is one): choose another folder"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- folder
@@ -238,20 +330,26 @@ def prepare_folder(folder, options, pipeline, files):
     """Store the settings, clear what a killed run left half done, and return the blocks still to sample."""
     settings = describe_settings(options, pipeline)
     folder.mkdir(parents=True, exist_ok=True)
+    ours = recorded_paths(folder)
+    kept = written_paths(files, options.grid_images > 0)
     if differ := differences(read_record(folder), options.num_images, settings):
         if not options.overwrite_output_dir:
             raise ValueError(
                 f"--output_dir {folder} holds images made otherwise: {'; '.join(differ)}. "
                 "Choose another folder, or give --overwrite_output_dir to delete them"
             )
-        for path in our_files(folder):
-            if path.name != RECORD:  # a run killed here leaves a folder that is still known as ours
-                path.unlink()
-    write_record(folder, status="running", num_images=options.num_images, settings=settings)
-    files.folder.mkdir(exist_ok=True)
-    for path in our_files(folder):
-        if path.suffix == ".tmp" or files.is_stale(path.name):
+        if files.folder.is_symlink():
+            raise ValueError(f"--overwrite_output_dir: {files.folder} is a link, and what it leads to is not deleted")
+        kept = set()
+    # The record goes on naming what is deleted until nothing of it is left: a run killed here can be started again
+    if doomed := {path for path in ours if path.suffix == ".tmp" or path not in kept}:
+        write_record(folder, status="running")
+        for path in doomed:
             path.unlink()
+    write_record(
+        folder, status="running", num_images=options.num_images, grid=options.grid_images > 0, settings=settings
+    )
+    files.folder.mkdir(exist_ok=True)
     return files.missing()
 
 
@@ -266,10 +364,26 @@ def differences(record, num_images, settings):
     return differ
 
 
-def our_files(folder):
-    """The files that generate.py has written, finished or not."""
-    paths = sorted([*folder.glob("*"), *folder.glob("images/*")])
-    return [path for path in paths if OUR_FILES.fullmatch(path.relative_to(folder).as_posix())]
+def recorded_paths(folder):
+    """The files in a folder that its record says are ours; nothing else is ever deleted."""
+    if (record := read_record(folder)) is None:
+        return set()
+    try:
+        settings = record["settings"]
+        files = FORMATS[settings["format"]](folder, record["num_images"], settings["batch_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / RECORD} is broken: {error!r}") from error
+    return {path for path in written_paths(files, record.get("grid", True)) if path.is_symlink() or path.is_file()}
+
+
+def written_paths(files, grid):
+    """Whatever lies where a run writes its images, and its grid: files, finished or not, and all that is in the way."""
+    folder = files.folder.parent
+    names = {GRID if grid else None, files.merged and files.merged.name}
+    paths = {path for path in folder.glob("*") if path.name.removesuffix(".tmp") in names}
+    if files.folder.is_dir():
+        return paths | {path for path in files.folder.glob("*") if files.writes(path.name)}
+    return paths | ({files.folder} if os.path.lexists(files.folder) else set())
 
 
 def finish_folder(folder, options, files, run):
@@ -278,8 +392,6 @@ def finish_folder(folder, options, files, run):
     if options.grid_images > 0:
         grid = make_grid_image(files.read(min(options.grid_images, options.num_images)))
         write_atomically(folder / GRID, lambda file: grid.save(file, format="PNG"))
-    else:
-        (folder / GRID).unlink(missing_ok=True)
     write_record(folder, status="complete", **run)
 
 
@@ -300,4 +412,5 @@ def describe_run(state, new_images, seconds):
 
 
 if __name__ == "__main__":
-    main()
+    with exit_when_stopped():
+        main()

@@ -6,48 +6,84 @@ import math
 import os
 import re
 import sys
+from argparse import Action, ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+Options = TypeVar("Options")
 
 
 class JsonDict(dict):
     """A dataclass field written as JSON on the command line and as a mapping in a recipe."""
 
-    def __init__(self, value=()):
-        value = json.loads(value) if isinstance(value, str) else value
-        if isinstance(value, (str, int, float, list)):
-            raise ValueError(f"expected a JSON object, not {value!r}")
+    def __init__(self, value: Any = ()):
+        if isinstance(value, str):
+            value = parse_json_object(value)
         super().__init__(value or ())
+        try:
+            json.dumps(self, allow_nan=False)
+        except ValueError as error:
+            raise ArgumentTypeError("expected finite numbers, not NaN or infinity") from error
 
 
-def parse_options(options_class, argv=None):
+def parse_json_object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`; ArgumentTypeError (argparse adds the flag's name) where it is anything else."""
+    try:
+        value = json.loads(text, object_pairs_hook=unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentTypeError(f"expected a JSON object, not {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a JSON object, not {text!r}")
+    return value
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; json itself would let the last of two equal keys win."""
+    value = {}
+    for key, item in pairs:
+        if key in value:
+            raise ArgumentTypeError(f"the key {key!r} is given twice")
+        value[key] = item
+    return value
+
+
+def parse_options(options_class: type[Options], argv: Sequence[str] | None = None) -> Options:
     """Fill `options_class` from `--config recipe.yaml` and flags; flags win, and mappings are merged key by key.
 
-    Exits with status 2 and one line on stderr that names the flag, for anything that is not allowed.
+    A string that starts with ~ or ~user, a home folder, is expanded, whichever way it came. The recipe's files are
+    printed to stderr, by the main process. Exits with status 2 and one line on stderr that names the flag, or the
+    recipe's line, for anything that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(options_class, allow_abbrev=False)
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
+    flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
     try:
-        recipe = load_recipe(config_flag(argv), {field.name for field in fields(options_class)})
-        recipe_options = vars(parser.parse_args(recipe_to_flags(recipe)))
-        parser.set_defaults(**recipe_options)
+        files = recipe_files(config_flag(argv))
+        recipe = load_recipes(files, flags)
+        parser.set_defaults(**recipe)
         values = vars(parser.parse_args(argv))
-        for name, value in recipe_options.items():
+        for name, value in recipe.items():
             if isinstance(value, JsonDict):
                 values[name] = JsonDict({**value, **values[name]})
-        return options_class(**values)
+        options = options_class(**{name: expand_home(value) for name, value in values.items()})
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    if files and is_main_process():
+        print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
+    return options
 
 
 @contextmanager
-def one_line_errors(*kinds):
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Exit with status 1 and one line on stderr where the block raises an error that the user can mend.
 
     With ADAPTIVE_DDPM_TRACEBACK in the environment, the error comes with its traceback."""
@@ -59,86 +95,238 @@ def one_line_errors(*kinds):
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
-def config_flag(argv):
+def is_main_process() -> bool:
+    """By the launcher's environment, so also before the processes have found each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def expand_home(value: Any) -> Any:
+    """~ and ~user at the start of a string, or of a list's strings, as the shell expands them; the rest as it is.
+
+    The shell does not: in `--output_dir=~/x`, and in a recipe. A ~user that does not exist stays."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+# Which files
+
+
+def config_flag(argv: Sequence[str]) -> str | None:
     """The value of `--config`, wherever it stands among the flags; None without one."""
-    for flag, value in zip(argv, [*argv[1:], None], strict=False):
-        if flag == "--config":
-            return value
-        if flag.startswith("--config="):
-            return flag.partition("=")[2]
-    return None
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return expand_home(parser.parse_known_args(argv)[0].config)
 
 
-def load_recipe(path, allowed):
-    """Read a recipe over every `base.yaml` in its folder and the folders above, the nearest last.
+def recipe_files(path: str | None) -> list[Path]:
+    """The recipe and each base.yaml that it inherits, the farthest first; [] where `path` is None.
 
-    Raises:
-        ValueError: the file is absent, not a mapping, or names an option that is not among `allowed`.
+    Inherited are those from the recipe's folder up to the root of its git repository. Outside of one, those of its
+    folder and of as many folders above as have one without a gap: there is no other sign of where the recipes end.
     """
     if path is None:
-        return {}
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    bases = [folder / "base.yaml" for folder in reversed(path.parents)]
-    recipe = {}
-    for file in [*(base for base in bases if base.is_file() and base != path), path]:
-        for name, value in read_yaml_mapping(file).items():
-            if name not in allowed or name == "config":
-                close = difflib.get_close_matches(str(name), allowed, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{file}: there is no option {name!r}{hint}")
-            if isinstance(value, dict) and isinstance(recipe.get(name), dict):
-                value = {**recipe[name], **value}
-            recipe[name] = value
-    return recipe
+        return []
+    recipe = Path(os.path.realpath(path))
+    if not os.path.isfile(recipe):
+        raise ValueError(f"--config {path}: {'is not a file' if os.path.exists(recipe) else 'no such file'}")
+    own, *above = recipe.parents
+    roots = [folder for folder in recipe.parents if os.path.exists(folder / ".git")]
+    if roots:
+        folders = [folder for folder in recipe.parents if folder.is_relative_to(roots[0])]
+    else:
+        folders = [own, *takewhile(lambda folder: os.path.isfile(folder / "base.yaml"), above)]
+    bases = [folder / "base.yaml" for folder in reversed(folders)]
+    return [*(base for base in bases if os.path.isfile(base) and base != recipe), recipe]
+
+
+# What is in them
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 2e-4 is a number although it has no dot."""
+    """YAML less its surprises: unique keys, which are strings; no aliases or tags; 010 is ten, and a date a string."""
+
+    # Instead of YAML 1.1's, in which 1:30 is 90, 2026-11-25 a date and 1e-4 a string
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.tag is not None:
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) and tags (!name) are not allowed", problem_mark=event.start_mark
+            )
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.MappingNode):
+            check_keys(node)
+        return node
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), "-+0123456789"
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes every string that RecipeLoader, or any reader of YAML 1.1, would take for something else."""
+
+
+NULL, BOOL, INT, FLOAT, STR, MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "merge")
 )
+for tag, pattern, first_characters in (
+    (NULL, r"(~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
+    (BOOL, r"(?i:true|false|yes|no|on|off)\Z", list("tTfFyYnNoO")),
+    (INT, r"[-+]?[0-9]+\Z", list("-+0123456789")),
+    (FLOAT, r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z", list("-+.0123456789")),
+    (MERGE, r"<<\Z", ["<"]),
+    (FLOAT, r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z", list("-+.")),
+):
+    for yaml_class in (RecipeLoader, RecipeDumper):
+        yaml_class.add_implicit_resolver(tag, re.compile(pattern), first_characters)
 
 
-def read_yaml_mapping(file):
-    """The mapping in a YAML file, {} where it is empty."""
+def check_keys(mapping: yaml.MappingNode) -> None:
+    """Refuse a key that is no string, and one that stands there twice: YAML itself lets the last one win."""
+    lines = {}
+    for key, _ in mapping.value:
+        if key.tag != STR:
+            found = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            raise yaml.MarkedYAMLError(
+                problem=f"a key must be a string, not {found} (quote it)", problem_mark=key.start_mark
+            )
+        if key.value in lines:
+            raise yaml.MarkedYAMLError(
+                problem=f"{key.value!r} is there already, on line {lines[key.value]}", problem_mark=key.start_mark
+            )
+        lines[key.value] = line_number(key.start_mark)
+
+
+def line_number(mark: yaml.Mark) -> int:
+    """As editors count: from 1."""
+    return mark.line + 1
+
+
+def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, Any]:
+    """The values of recipes, typed by the `flags` of their options; a later file wins, mappings are merged.
+
+    Raises:
+        ValueError: a file that cannot be read or is no mapping, an option that does not exist, or a value that it
+            does not take; with the file and the line.
+    """
+    recipe = {}
+    for file in files:
+        for name, node in read_yaml_mapping(file).items():
+            where = f"{file}, line {line_number(node.start_mark)}"
+            if name not in flags or name == "config":
+                close = difflib.get_close_matches(name, flags, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{where}: there is no option {name!r}{hint}")
+            try:
+                value = option_value(node, flags[name])
+            except ValueError as error:
+                raise ValueError(f"{where}: {name}: {error}") from error
+            if isinstance(value, JsonDict) and isinstance(recipe.get(name), JsonDict):
+                value = JsonDict({**recipe[name], **value})
+            recipe[name] = value
+    return {name: value for name, value in recipe.items() if value is not None}  # null: the option's default
+
+
+def read_yaml_mapping(file: Path) -> dict[str, yaml.Node]:
+    """The mapping in a YAML file, its values as they are written; {} where it is empty."""
     try:
-        content = yaml.load(file.read_text(), Loader=RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node = RecipeLoader(file.read_text(encoding="utf-8")).get_single_node()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        problem = "one document is expected" if "single document" in str(error.context) else error.problem
+        raise ValueError(f"{file}, line {line_number(error.problem_mark)} is not valid YAML: {problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, (dict, type(None))):
+    if node is None or node.tag == NULL:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{file} must be a mapping of option names to values")
-    return content or {}
+    return {key.value: value for key, value in node.value}
 
 
-def recipe_to_flags(recipe):
-    """A recipe as command-line flags, so that its values pass the same checks. null means the option's default."""
-    flags = []
-    for name, value in recipe.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return flags
+def option_value(node: yaml.Node, flag: Action) -> Any:
+    """What a recipe says of an option, as its flag would have it: scalars go through the flag's own parser.
+
+    None for null. ValueError for what the flag does not take."""
+    if node.tag == NULL:
+        return None
+    if isinstance(node, yaml.MappingNode):
+        if flag.type is not JsonDict:
+            raise ValueError("expected a value, not a mapping")
+        return parse_value(flag, plain_value(node))
+    if flag.nargs != "+":
+        if isinstance(node, yaml.SequenceNode):
+            raise ValueError("expected a value, not a list")
+        return parse_value(flag, node.value)
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not items or any(item.tag == NULL or not isinstance(item, yaml.ScalarNode) for item in items):
+        raise ValueError("expected a list of values, none of them null, a list or a mapping")
+    return [parse_value(flag, item.value) for item in items]
 
 
-def save_options(options, path, leave_out=()):
+def parse_value(flag: Action, value: Any) -> Any:
+    """A value as argparse would convert and check it: it keeps its own way of doing so to itself."""
+    if flag.type is string_to_bool:
+        value = {"on": "true", "off": "false"}.get(value.lower(), value)
+    convert = parse_float if flag.type is float else flag.type
+    try:
+        parsed = convert(value)
+    except ArgumentTypeError as error:
+        raise ValueError(error) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"invalid {flag.type.__name__} value: {value!r}") from error
+    if flag.choices is not None and parsed not in flag.choices:
+        raise ValueError(f"invalid choice: {value!r} (choose from {', '.join(map(repr, flag.choices))})")
+    return parsed
+
+
+def plain_value(node: yaml.Node) -> Any:
+    """A node of a mapping, whose values no flag describes, by the look of them."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: plain_value(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [plain_value(item) for item in node.value]
+    return SCALAR_TYPES[node.tag](node.value)
+
+
+def parse_float(text: str) -> float:
+    """Python's float, and YAML's .inf and .nan."""
+    return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+
+
+SCALAR_TYPES = {
+    NULL: lambda text: None,
+    BOOL: lambda text: text.lower() in ("true", "yes", "on"),
+    INT: int,
+    FLOAT: parse_float,
+    STR: str,
+    MERGE: str,
+}
+
+
+# Saved options
+
+
+def save_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> None:
     """Write resolved options as a recipe that repeats them; without `--config` and those named in `leave_out`."""
-    path.write_text(yaml.safe_dump(plain_values(options, leave_out), sort_keys=False))
+    text = yaml.dump(plain_values(options, leave_out), Dumper=RecipeDumper, sort_keys=False, width=sys.maxsize)
+    partial = path.with_name(f".{path.name}.partial")  # a run killed here leaves the old file or the new one
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
-def changed_options(options, path, leave_out=()):
+def changed_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
     """{name: (value saved at `path`, value now)} of the options that differ; nothing where nothing was saved."""
     if not path.exists():
         return {}
     saved, now = read_yaml_mapping(path), plain_values(options, leave_out)
+    saved = {name: plain_value(node) for name, node in saved.items()}
     return {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
 
 
-def plain_values(options, leave_out):
+def plain_values(options: Any, leave_out: Sequence[str]) -> dict[str, Any]:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
     return {name: value for name, value in values.items() if name not in ("config", *leave_out)}
 

@@ -1,19 +1,23 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
 from pipelines.kernels import choose_kernels
+from pipelines.loading import check_variant, load_configs, load_pipeline
 from pipelines.unconditional import (
     UnconditionalPipeline,
     denoising_steps,
-    load_configs,
+    image_shape,
     make_grid_image,
     to_pil,
 )
 
 __all__ = [
     "UnconditionalPipeline",
+    "check_variant",
     "choose_kernels",
     "denoising_steps",
+    "image_shape",
     "load_configs",
+    "load_pipeline",
     "make_grid_image",
     "to_pil",
 ]

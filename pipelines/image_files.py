@@ -5,6 +5,8 @@ A format knows which files hold which images, so that a run that was killed can 
 
 import io
 import os
+import re
+import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,11 +27,14 @@ def write_atomically(path: Path, write: Write) -> None:
     """Let `write` fill a temporary file, then rename it: `path` is complete whenever it exists."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # what a killed run has left; a link there must not be written through
+        with open(temporary, "xb") as file:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; finished images are kept, the same command goes on") from error
+        free = shutil.disk_usage(path.parent).free / 1e6
+        hint = f"{free:,.1f} MB are free; finished images are kept, the same command goes on"
+        raise OSError(f"cannot write {path}: {error}; {hint}") from error
 
 
 class Writer:
@@ -64,8 +69,10 @@ class Writer:
 class ImageFiles:
     """The images of a run, in `folder`/images, block by block; a block is one batch's range of indices."""
 
+    merged: Path | None = None  # one file of all images, beside that folder
+
     def __init__(self, folder: Path, num_images: int, batch_size: int):
-        self.folder = folder / "images"
+        self.folder, self.batch_size = folder / "images", batch_size
         starts = range(0, num_images, batch_size)
         self.blocks = [range(start, min(start + batch_size, num_images)) for start in starts]
 
@@ -82,12 +89,15 @@ class ImageFiles:
         raise NotImplementedError
 
     def missing(self) -> list[range]:
-        present = set(os.listdir(self.folder))
+        present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         return [block for block in self.blocks if not present.issuperset(self.names(block))]
 
-    def is_stale(self, name: str) -> bool:
-        """Whether a file of ours is of no use any more."""
-        return False
+    def writes(self, name: str) -> bool:
+        """Whether a run makes a file of this name in images/, finished or not."""
+        name = name.removesuffix(".tmp")
+        digits = re.match("[0-9]+", name)
+        block = int(digits[0]) // self.batch_size if digits else len(self.blocks)
+        return block < len(self.blocks) and name in self.names(self.blocks[block])
 
     def finish(self) -> None:
         """Called once, when no block is missing."""
@@ -117,9 +127,6 @@ class Shards(ImageFiles):
 
     def shard(self, block: range) -> Path:
         return self.folder / f"{block.start:06d}-{block.stop - 1:06d}.{self.suffix}"
-
-    def is_stale(self, name):  # the last block of a run that num_images has since extended
-        return "-" in name and name not in {self.shard(block).name for block in self.blocks}
 
 
 class ParquetShards(Shards):
@@ -174,7 +181,7 @@ class NpzShards(Shards):
             write_atomically(self.merged, lambda file: self.merge(file, merged))
         for block in self.blocks:
             self.shard(block).unlink(missing_ok=True)
-        if not os.listdir(self.folder):
+        if not os.listdir(self.folder) and not self.folder.is_symlink():
             self.folder.rmdir()
 
     def merge(self, file: BinaryIO, merged: int) -> None:

@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torchvision.utils import make_grid
 
 NOISE_STEPS = 50  # denoising steps whose noise is drawn at once for each image
 NOISE_VALUES = 2**20  # at most so many values an image and draw (4 MiB): bounds the memory for large images
 SIGMA_LEARNED = ("learned", "learned_range")
+SPACINGS = ("linspace", "leading", "trailing")
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 
 class UnconditionalPipeline(DDPMPipeline):
@@ -68,6 +69,7 @@ class UnconditionalPipeline(DDPMPipeline):
         Raises:
             ValueError, NotImplementedError: see `denoising_steps` and `image_shape`; or no index, or one out
             of range.
+            FloatingPointError: an image is not finite; uint8 would have it black or white.
         """
         device, indices = self._execution_device, [int(i) for i in indices]
         shape = image_shape(self.unet.config)
@@ -80,6 +82,7 @@ class UnconditionalPipeline(DDPMPipeline):
         finally:
             self.unet.train(was_training)
         self.maybe_free_model_hooks()
+        self._check_finite(x, indices)
         return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.inference_mode()
@@ -94,6 +97,22 @@ class UnconditionalPipeline(DDPMPipeline):
             output = self.unet(x.to(dtype), t).sample.float()
             x = denoise_step(step, x, output, next(noise) if step.sigma > 0 else None, clip)
         return x
+
+    def _check_finite(self, x: torch.Tensor, indices: list[int]) -> None:
+        """Refuse NaN and infinity; waits for the device, so once a batch and not in the chain."""
+        finite = x.isfinite().flatten(1).all(1).tolist()
+        if all(finite):
+            return
+        bad = [index for index, is_finite in zip(indices, finite, strict=True) if not is_finite]
+        names = nonfinite_weights(self.unet)
+        raise FloatingPointError(
+            f"{len(bad)} of {len(indices)} images are not finite (NaN or infinity), the first is number {bad[0]}; "
+            + (
+                f"neither are the network's weights ({names[0]}, ...)"
+                if names
+                else "the network's weights are: its arithmetic overflows"
+            )
+        )
 
 
 # The chain
@@ -241,10 +260,23 @@ def check_scheduler(scheduler: Any, eta: float = 0.0) -> None:
     if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         raise ValueError(f"{type(scheduler).__name__} is not a DDPMScheduler or a DDIMScheduler")
     config = scheduler.config
+    table = scheduler.alphas_cumprod
+    if not ((table >= 0) & (table <= 1)).all():
+        raise ValueError("its betas (beta_start, beta_end, trained_betas) give an alphas_cumprod outside [0, 1]")
+    if len(table) != config.num_train_timesteps:
+        raise ValueError(f"{len(table)} trained_betas are not num_train_timesteps={config.num_train_timesteps}")
+    if type(config.steps_offset) is not int or config.steps_offset < 0:
+        raise ValueError(f"steps_offset={config.steps_offset!r} must be a whole number, 0 or more")
+    if config.timestep_spacing not in SPACINGS:
+        raise ValueError(f"timestep_spacing={config.timestep_spacing!r} must be one of {', '.join(SPACINGS)}")
+    if config.clip_sample and not is_positive(config.clip_sample_range):
+        raise ValueError(f"clip_sample_range={config.clip_sample_range!r} must be a finite number above 0")
     if config.thresholding:
         raise NotImplementedError("thresholding=True is not implemented; clip_sample is")
     if config.get("variance_type") in SIGMA_LEARNED and isinstance(scheduler, DDPMScheduler):
         raise NotImplementedError(f"variance_type={config.variance_type!r} is not implemented")
+    if isinstance(scheduler, DDPMScheduler) and config.variance_type not in FIXED_VARIANCES:
+        raise ValueError(f"variance_type={config.variance_type!r} must be one of {', '.join(FIXED_VARIANCES)}")
     if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         known = "epsilon, v_prediction or sample"
         raise ValueError(f"prediction_type={config.prediction_type!r} must be {known}")
@@ -252,6 +284,11 @@ def check_scheduler(scheduler: Any, eta: float = 0.0) -> None:
         raise ValueError(f"eta={eta} must be in [0, 1]")
     if eta > 0 and isinstance(scheduler, DDPMScheduler):
         raise ValueError(f"eta={eta} belongs to DDIM; a DDPMScheduler takes its noise from variance_type")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value of a config is a finite number above 0."""
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 # Noise
@@ -303,35 +340,7 @@ def noise_maps(
         yield from maps.unbind(1)
 
 
-# Folders and pictures
-
-
-def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDIMScheduler]:
-    """The U-Net's config and the scheduler of a pipeline folder or Hub id; reads no weights.
-
-    Raises:
-        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, or a conditional
-            U-Net.
-        OSError: no such folder, or no such id on the Hub.
-    """
-    index = DiffusionPipeline.load_config(name_or_path)
-    found = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple)}
-    schedulers = ("DDPMScheduler", "DDIMScheduler")
-    if found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in schedulers]:
-        listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
-        raise ValueError(
-            f"{name_or_path} is a {index.get('_class_name')} of {listed}; an unconditional pipeline has just "
-            f"unet=UNet2DModel and scheduler={' or '.join(schedulers)}"
-        )
-    scheduler_class = getattr(diffusers, found["scheduler"])
-    try:
-        unet_config = UNet2DModel.load_config(name_or_path, subfolder="unet")
-        scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
-    except OSError:  # the first DDPMs on the Hub (google/ddpm-cifar10-32, ...) keep everything in one folder
-        unet_config = UNet2DModel.load_config(name_or_path)
-        scheduler = scheduler_class.from_pretrained(name_or_path)
-    image_shape(unet_config)
-    return unet_config, scheduler
+# Shapes and pictures
 
 
 def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
@@ -347,7 +356,18 @@ def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
         raise ValueError(f"the UNet2DModel has in_channels={channels} but out_channels={outputs}")
     if size is None:
         raise ValueError("the UNet2DModel's config has no sample_size, so the images' size is not known")
-    return channels, *((size, size) if isinstance(size, int) else size)
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    for value in (channels, height, width):
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"the UNet2DModel has in_channels={channels!r}, sample_size={size!r}: not whole numbers > 0"
+            )
+    return channels, height, width
+
+
+def nonfinite_weights(unet: torch.nn.Module) -> list[str]:
+    """Names of the weights that hold a NaN or an infinity."""
+    return [name for name, tensor in unet.state_dict().items() if not tensor.isfinite().all()]
 
 
 def make_grid_image(images: torch.Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:

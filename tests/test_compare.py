@@ -68,7 +68,7 @@ def test_the_table_ranks_methods_and_names_failures():
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
         (["--train_batch_size", "0"], ["--train_batch_size 0"]),
         (["--sampler_options", '{"magic": {}}'], ["--sampler_options magic", "adaptive"]),
-        (["--sampler_options", "1"], ["--sampler_options", "JsonDict", "'1'"]),
+        (["--sampler_options", "1"], ["--sampler_options", "JSON object", "'1'"]),
     ],
 )
 def test_bad_flags_end_before_any_training(flags, parts, tmp_path, capsys):

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -231,8 +233,6 @@ def test_a_run_that_dies_in_a_write_resumes_to_the_same_files(saved, tmp_path, m
         with pytest.raises(SystemExit, match="died"):
             run(saved, folder, format=fmt)
     assert contents(folder) != expected
-    if renames > 0:  # the folder is known as ours: what a kill left of a shard that no longer exists goes too
-        (folder / "images" / "000008-000008.npz.tmp").write_bytes(b"half")
     assert contents(run(saved, folder, format=fmt)) == expected
     assert record(folder)["status"] == "complete"
 
@@ -266,6 +266,31 @@ def test_more_images_extend_the_folder(saved, tmp_path, fmt):
     assert record(folder)["new_images"] == 6  # the last block, half of which was there, and a new one
 
 
+def test_what_a_kill_left_of_a_block_that_has_since_grown_is_deleted(saved, tmp_path):
+    folder = run(saved, tmp_path / "nine", format="parquet", num_images=9)
+    (folder / "images" / "000008-000008.parquet.tmp").write_bytes(b"half")
+    run(saved, folder, format="parquet")
+    assert contents(folder) == contents(run(saved, tmp_path / "ten", format="parquet"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_in_one_line(saved, tmp_path, number):
+    options = {"num_images": 100_000, "num_inference_steps": 1}
+    command = [sys.executable, generate.__file__, *flags(saved, tmp_path / "out", **options)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "images" / "000040.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
+    written = len([name for name in contents(tmp_path / "out") if name.endswith(".png")])
+    line = re.search(r"stopped by (\w+): (\d+) of 100000 images are in .*; the same command goes on$", output)
+    assert line[1] == number.name
+    assert 0 <= written - int(line[2]) < 4  # whole blocks are counted
+
+
 def test_a_complete_folder_is_left_alone(saved, tmp_path):
     folder = run(saved, tmp_path)
     before, known = contents(folder), record(folder)
@@ -294,7 +319,7 @@ def test_two_processes_write_the_same_files(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_images": 0}, "--num_images 0 must be 1 or more"), ({"output_dir": __file__}, "is a file")],
+    [({"num_images": 0}, "--num_images 0 must be in [1, "), ({"output_dir": __file__}, "is a file")],
 )
 def test_two_processes_exit_with_one_message(saved, tmp_path, options, message):
     process = launch(*flags(saved, tmp_path / "out", **options))
@@ -308,17 +333,23 @@ def test_two_processes_exit_with_one_message(saved, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_images": 0}, "--num_images 0 must be 1 or more"),
-        ({"batch_size": -4}, "--batch_size -4 must be 1 or more"),
-        ({"grid_images": -1}, "--grid_images -1 must be 0 or more"),
-        ({"seed": -1}, "--seed -1 must be in"),
-        ({"num_inference_steps": 0}, r"num_inference_steps=0 must be in \[1, 20\]"),
-        ({"num_inference_steps": 21}, r"num_inference_steps=21 must be in \[1, 20\]"),
+        ({"num_images": 0}, r"--num_images 0 must be in \[1, 4294967296\)"),
+        ({"num_images": 2**32}, r"--num_images 4294967296 must be in \[1, 4294967296\)"),
+        ({"num_images": "nan"}, "--num_images.* invalid int value: 'nan'"),
+        ({"num_images": 2**32 - 2, "batch_size": 4}, "--num_images 4294967294 and --batch_size 4 must add up to less"),
+        ({"batch_size": -4}, r"--batch_size -4 must be in \[1, 4294967296\)"),
+        ({"grid_images": -1}, r"--grid_images -1 must be in \[0, 10001\)"),
+        ({"grid_images": 10**9}, r"--grid_images 1000000000 must be in \[0, 10001\)"),
+        ({"seed": -1}, r"--seed -1 must be in \[0, 4294967296\)"),
+        ({"seed": 2**32}, r"--seed 4294967296 must be in \[0, 4294967296\)"),
+        ({"num_inference_steps": 0}, r"--num_inference_steps 0 must be in \[1, 20\]"),
+        ({"num_inference_steps": 21}, r"--num_inference_steps 21 must be in \[1, 20\]"),
+        *(({"eta": eta, "sampler": "ddim"}, rf"--eta {eta} must be in \[0, 1\]") for eta in ("nan", "inf", "-0.5")),
         ({"eta": 0.5}, "--eta 0.5 belongs to --sampler ddim"),
-        ({"eta": 2, "sampler": "ddim"}, r"eta=2.0 must be in \[0, 1\]"),
+        ({"eta": 2, "sampler": "ddim"}, r"--eta 2.0 must be in \[0, 1\]"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
         ({"pipeline": "./nowhere"}, "--pipeline ./nowhere: no such folder"),
-        ({"pipeline": "/"}, "--pipeline / is no pipeline's folder or Hub id"),
+        ({"pipeline": tempfile.gettempdir()}, "--pipeline .*/model_index.json: "),
     ],
 )
 def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch, capsys, options, match):
@@ -326,6 +357,20 @@ def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkey
     with pytest.raises(SystemExit) as error:
         run(saved, tmp_path / "out", **options)
     assert re.search(match, f"{error.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_size": 10**7}, r"--batch_size 10000000 needs 2\.6 GB of memory, of which 1\.0 are available"),
+        ({"num_images": 10**8}, r"--num_images 100000000 needs 5\.0 GB of memory, of which 1\.0 are available"),
+    ],
+)
+def test_a_typing_error_does_not_exhaust_the_memory(saved, tmp_path, monkeypatch, options, match):
+    monkeypatch.setattr(generate.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    with pytest.raises(SystemExit, match=match):
+        run(saved, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -347,6 +392,33 @@ def test_a_pipeline_without_weights_is_refused_in_one_line(saved, tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*diffusion_pytorch_model"):
         run(tmp_path / "pipeline", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", "[1]"),
+        ("unet/config.json", "[1]"),
+        ("scheduler/scheduler_config.json", "{"),
+        ("unet/diffusion_pytorch_model.safetensors", ""),
+    ],
+)
+def test_a_broken_pipeline_is_refused_by_its_option_before_anything_is_written(saved, tmp_path, name, content):
+    shutil.copytree(saved, tmp_path / "pipeline")
+    (tmp_path / "pipeline" / name).write_text(content)
+    with pytest.raises(SystemExit, match=rf"error: --pipeline {tmp_path}/pipeline.*\Z"):
+        run(tmp_path / "pipeline", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_a_variant(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipeline")
+    unet = tmp_path / "pipeline" / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(SystemExit, match=r"error: --pipeline .* has no weights .* --variant fp16\Z"):
+        run(tmp_path / "pipeline", tmp_path / "out")
+    folder = run(tmp_path / "pipeline", tmp_path / "out", variant="fp16")
+    assert contents(folder) == contents(run(saved, tmp_path / "plain"))
 
 
 def test_unknown_options_and_choices_are_refused(saved, tmp_path, capsys):
@@ -422,6 +494,110 @@ def test_foreign_folders_are_left_alone(saved, tmp_path):
         run(saved, tmp_path / "photo.png")
 
 
+FOREIGN = {
+    "png": ("images/999999.png", "images/000010.png", "images/0.png", "images.npz", "images/000001.npz.tmp"),
+    "npz": ("images/000000-000099.npz", "images/000000.png", "images/000000-000003.parquet"),
+    "parquet": ("images/000008-000011.parquet", "images.npz", "images/000000-000003.npz"),
+}
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_overwriting_deletes_only_what_the_record_names(saved, tmp_path, fmt):
+    folder = run(saved, tmp_path / "out", format=fmt)
+    foreign = {name: b"mine" for name in FOREIGN[fmt]}
+    (folder / "images").mkdir(exist_ok=True)
+    for name, data in foreign.items():
+        (folder / name).write_bytes(data)
+    run(saved, folder, format=fmt, seed=1, overwrite_output_dir=True)
+    assert contents(folder) == contents(run(saved, tmp_path / "fresh", format=fmt, seed=1)) | foreign
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("images/000011.png", {"num_images": 12}),
+        ("images/000011.png.tmp", {"num_images": 12}),
+        ("images/000012.png", {"num_images": 16, "seed": 1, "overwrite_output_dir": True}),
+        ("images.npz", {"format": "npz", "overwrite_output_dir": True}),
+        ("images/000008-000009.parquet", {"format": "parquet", "overwrite_output_dir": True}),
+        ("grid.png", {"grid_images": 4}),
+    ],
+)
+def test_foreign_files_are_not_written_over(saved, tmp_path, name, options):
+    folder = run(saved, tmp_path / "out", grid_images=0)
+    (folder / name).write_bytes(b"mine")
+    before, known = contents(folder), record(folder)
+    with pytest.raises(SystemExit, match=f"has {name}, which generate.py did not write"):
+        run(saved, folder, **{"grid_images": 0} | options)
+    assert (contents(folder), record(folder)) == (before, known)
+
+
+def test_a_folder_in_the_place_of_an_image_is_not_deleted(saved, tmp_path):
+    folder = run(saved, tmp_path / "out")
+    (folder / "images" / "000003.png").unlink()
+    (folder / "images" / "000003.png").mkdir()
+    with pytest.raises(SystemExit, match=r"has images/000003\.png, which generate\.py did not write"):
+        run(saved, folder, seed=1, overwrite_output_dir=True)
+    assert len(contents(folder)) == 10  # nine images and the grid
+
+
+def test_the_grid_is_ours_only_if_we_drew_it(saved, tmp_path):
+    folder = run(saved, tmp_path / "out", grid_images=0)
+    (folder / "grid.png").write_bytes(b"mine")
+    run(saved, folder, grid_images=0, num_images=12)
+    assert (folder / "grid.png").read_bytes() == b"mine"
+    (folder / "grid.png").unlink()
+    run(saved, folder, num_images=12)
+    run(saved, folder, num_images=12, grid_images=0)
+    assert not (folder / "grid.png").exists()
+
+
+def test_links_are_not_followed(saved, tmp_path):
+    folder = run(saved, tmp_path / "out")
+    (tmp_path / "mine").write_bytes(b"mine")
+    for name in ("images/000002.png", "images/000003.png.tmp", "grid.png.tmp", "generation.json.tmp"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "mine")
+    run(saved, folder, seed=1, overwrite_output_dir=True)
+    assert contents(folder) == contents(run(saved, tmp_path / "fresh", seed=1))
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match=r"--overwrite_output_dir: .*/images is a link"):
+        run(saved, folder, seed=2, overwrite_output_dir=True)
+    assert contents(tmp_path / "elsewhere") == before
+    run(saved, folder, seed=1)  # going on is as good there as anywhere
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_kill_while_overwriting_leaves_a_folder_that_is_ours(saved, tmp_path, monkeypatch, fmt):
+    folder = run(saved, tmp_path / "out", format=fmt)
+    unlink = generate.Path.unlink
+
+    def die(path, **options):
+        if path.suffix != ".tmp":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Path, "unlink", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(saved, folder, format=fmt, seed=1, overwrite_output_dir=True)
+    assert (record(folder)["status"], record(folder)["settings"]["seed"]) == ("running", 0)
+    run(saved, folder, format=fmt, seed=1, overwrite_output_dir=True)
+    assert contents(folder) == contents(run(saved, tmp_path / "fresh", format=fmt, seed=1))
+
+
+@pytest.mark.parametrize("settings", [[], {}, {"format": "gif", "batch_size": 4}, {"format": "png", "batch_size": "4"}])
+def test_a_broken_record_is_named(saved, tmp_path, settings):
+    folder = run(saved, tmp_path)
+    (folder / "generation.json").write_text(json.dumps(record(folder) | {"settings": settings}))
+    with pytest.raises(SystemExit, match=r"generation\.json is broken"):
+        run(saved, folder)
+
+
 def test_the_same_command_with_overwrite_resumes(saved, tmp_path):
     """Equal settings make equal images: there is nothing to throw away."""
     folder = run(saved, tmp_path, overwrite_output_dir=True)
@@ -437,6 +613,27 @@ def test_a_full_disk_ends_the_run_with_a_message(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit, match=r"cannot write .*\.png: .*No space left on device"):
         run(saved, tmp_path)
+
+
+def overflowing(saved, folder):
+    """A pipeline whose weights are finite, and whose arithmetic is not."""
+    pipeline = DDPMPipeline.from_pretrained(saved)
+    pipeline.unet.conv_in.bias.data.fill_(3e38)  # finite itself; its square is not
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_images_that_are_not_finite_end_the_run_in_one_line(saved, tmp_path):
+    pipeline = overflowing(saved, tmp_path / "pipeline")
+    message = r"error: 4 of 4 images are not finite .* number 0; the network's weights are: its arithmetic overflows\Z"
+    with pytest.raises(SystemExit, match=message):
+        run(pipeline, tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+    process = launch(*flags(pipeline, tmp_path / "two"))
+    assert process.returncode == 1
+    assert "generate.py: error: 4 of 4 images are not finite" in process.stderr
+    assert 'generate.py", line' not in process.stderr  # no traceback of ours; the launcher has its own
+    assert contents(tmp_path / "two") == {}
 
 
 def test_the_writer_waits_for_a_slow_disk(tmp_path):

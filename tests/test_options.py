@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
-import yaml
-from conftest import REPOSITORY, TINY_UNET
+from conftest import TINY_UNET
 from diffusers import UNet2DModel
 from PIL import Image
 
-from recipes import load_recipe, save_options
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
-from training.models import build_unet, method_parts
+from training.models import build_unet
 
 
 def refused(flags, capsys):
@@ -240,57 +238,7 @@ def test_a_bad_image_is_named_or_skipped_with_a_count(train, pictures, tmp_path,
     assert json.loads((run.folder / "training_summary.json").read_text())["skipped_images"] == 1
 
 
-# Recipes
-
-
-@pytest.fixture
-def recipes(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "base.yaml").write_text("learning_rate: 1e-3\nseed: 1\nunet: {dropout: 0.1, layers_per_block: 1}\n")
-    (tmp_path / "deep" / "base.yaml").write_text("seed: 2\ntrain_batch_size: 7\n")
-    (tmp_path / "deep" / "recipe.yaml").write_text("train_batch_size: 9\nunet: {dropout: 0.2}\nlogger: none\n")
-    return tmp_path / "deep" / "recipe.yaml"
-
-
-def test_a_recipe_inherits_every_base_above_it_and_flags_override_it(recipes):
-    options = command_line(["--config", str(recipes)])
-    assert (options.learning_rate, options.seed, options.train_batch_size) == (1e-3, 2, 9)
-    assert options.unet == {"dropout": 0.2, "layers_per_block": 1}
-    options = command_line([f"--config={recipes}", "--seed", "3", "--unet", '{"dropout": 0.3}'])
-    assert (options.learning_rate, options.seed, options.train_batch_size) == (1e-3, 3, 9)
-    assert options.unet == {"dropout": 0.3, "layers_per_block": 1}
-
-
-def test_null_in_a_recipe_is_the_default(recipes):
-    recipes.write_text("learning_rate: null\n")
-    assert command_line(["--config", str(recipes)]).learning_rate == TrainingOptions().learning_rate
-
-
-def test_an_unknown_option_in_a_recipe_is_named_with_its_file(recipes, capsys):
-    recipes.write_text("learning_rat: 1\n")
-    line = refused(["--config", recipes], capsys)
-    assert "recipe.yaml" in line
-    assert "learning_rat" in line
-    assert "did you mean 'learning_rate'" in line
-    recipes.write_text("a: [1\n")
-    assert "not valid YAML" in "".join(refused(["--config", recipes], capsys))
-
-
-def test_saved_options_repeat_the_run_and_hold_no_secret(recipes, tmp_path):
-    options = command_line(["--config", str(recipes), "--hub_token", "hf_secret", "--max_train_steps", "5"])
-    save_options(options, tmp_path / "saved.yaml", leave_out=("hub_token",))
-    again = command_line(["--config", str(tmp_path / "saved.yaml")])
-    differences = {k for k, v in vars(again).items() if v != vars(options)[k]}
-    assert differences == {"config", "hub_token"}
-    assert "hf_secret" not in (tmp_path / "saved.yaml").read_text()
-
-
-@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_valid(recipe):
-    names = set(vars(TrainingOptions()))
-    assert set(yaml.safe_load(recipe.read_text())) <= names
-    if recipe.stem != "base":
-        assert command_line(["--config", str(recipe)]).dataset_name == load_recipe(recipe, names)["dataset_name"]
+# What the options mean together
 
 
 def test_without_data_the_embedded_digits_are_trained_on():
@@ -309,12 +257,6 @@ def test_methods_name_published_parts():
     assert resolve_method("speed") == ("speed", "change_aware", "none")
     assert resolve_method("p2", timestep_sampler="adaptive") == ("adaptive", "p2", "none")
     assert resolve_method("adaptive", error_filter="none") == ("adaptive", "spectral", "none")
-
-
-def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
-    save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
-    options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
-    assert resolve_method(options.method, **method_parts(options)) == ("uniform", "none", "none")
 
 
 def test_flags_are_those_of_diffusers():

@@ -1,5 +1,6 @@
 """The sampling loop against diffusers' own schedulers and pipelines, and against the paper."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -307,6 +308,26 @@ def test_refuses_by_name(scheduler, arguments, error, match):
 def test_refuses_an_empty_batch(unet):
     with pytest.raises(ValueError, match="indices is empty"):
         make_pipeline(unet, DDPMScheduler()).sample([])
+
+
+def test_images_that_are_not_finite_are_refused_by_number(unet):
+    pipeline = make_pipeline(copy.deepcopy(unet), DDPMScheduler(num_train_timesteps=20))
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.fill_(3e38)  # finite itself; its square is not
+        with pytest.raises(FloatingPointError, match=r"2 of 2 images .* number 5; .*its arithmetic overflows"):
+            pipeline.sample([5, 6])
+        pipeline.unet.conv_in.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"neither are the network's weights \(conv_in\.weight, "):
+        pipeline.sample([5, 6])
+
+
+def test_one_image_that_is_not_finite_is_told_from_the_others(unet):
+    pipeline = make_pipeline(unet, DDPMScheduler())
+    images = torch.zeros(3, 1, 2, 2)
+    pipeline._check_finite(images, [7, 8, 9])
+    images[1, 0, 1, 1] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"1 of 3 images .* number 8;"):
+        pipeline._check_finite(images, [7, 8, 9])
 
 
 # Folders

@@ -1,0 +1,143 @@
+"""Loads an unconditional pipeline from a folder or the Hub, or says in one line what is wrong with it."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from pipelines.unconditional import UnconditionalPipeline, check_scheduler, image_shape, nonfinite_weights
+
+MAX_TRAIN_TIMESTEPS = 10**6  # more is a typing error, and its tables could exhaust the memory
+# diffusers' names: diffusion_pytorch_model[.VARIANT][-00001-of-00002].safetensors; older shards had the variant last
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<new>\w+))?(-\d+-of-\d+)?(\.(?P<old>\w+))?\.(safetensors|bin)", re.ASCII
+)
+
+
+def load_pipeline(name_or_path: str, variant: str | None = None) -> UnconditionalPipeline:
+    """The pipeline of a folder or Hub id, in float32, whatever precision its files have.
+
+    Args:
+        variant: which of several files of weights, as in diffusers: "fp16" for diffusion_pytorch_model.fp16.*.
+
+    Raises:
+        ValueError: weights that are absent, cannot be read, do not fit the network's config or are not finite.
+    """
+    check_variant(name_or_path, variant)
+    with one_kind_of_error(f"{name_or_path}: its weights cannot be loaded"):
+        pipeline = UnconditionalPipeline.from_pretrained(name_or_path, variant=variant)
+    # diffusers leaves what the file lacks without any memory
+    if missing := [name for name, tensor in pipeline.unet.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"{name_or_path}: its weights lack {shortened(missing)}, which its config asks for")
+    if names := nonfinite_weights(pipeline.unet):
+        raise ValueError(f"{name_or_path}: its weights are not finite (NaN or infinity): {shortened(names)}")
+    pipeline.unet.float()
+    return pipeline
+
+
+def check_variant(name_or_path: str, variant: str | None) -> None:
+    """Refuse a folder without the weights asked for, naming those that it has; a Hub id is left to diffusers."""
+    if not os.path.isdir(name_or_path):
+        return
+    found = weight_variants(name_or_path)
+    if variant in found:
+        return
+    if not found:
+        raise ValueError(f"{name_or_path} has no weights (unet/diffusion_pytorch_model.safetensors or .bin)")
+    asked = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
+    there = " or ".join(f"--variant {name}" if name else "no --variant" for name in sorted(found, key=str))
+    raise ValueError(f"{name_or_path} has no {asked}, but those for {there}")
+
+
+def weight_variants(folder: str) -> set[str | None]:
+    """The variants of the U-Net's weights in a pipeline's folder; None stands for those without one."""
+    subfolder = os.path.join(folder, "unet")
+    names = os.listdir(subfolder if os.path.isdir(subfolder) else folder)
+    return {match["new"] or match["old"] for match in map(WEIGHTS.fullmatch, names) if match}
+
+
+def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDIMScheduler]:
+    """The U-Net's config and the scheduler of a pipeline folder or Hub id; reads no weights.
+
+    Raises:
+        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, a conditional U-Net, or a
+            config with which no image can be made.
+        NotImplementedError: a scheduler of a kind that is not implemented here.
+        OSError: no such folder, or no such id on the Hub.
+    """
+    with one_kind_of_error(f"{name_or_path}/model_index.json"):
+        index = DiffusionPipeline.load_config(name_or_path)
+        kind = index["_class_name"]
+        found = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple)}
+    schedulers = ("DDPMScheduler", "DDIMScheduler")
+    if found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in schedulers]:
+        listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
+        raise ValueError(
+            f"{name_or_path} is a {kind} of {listed}; an unconditional pipeline has just "
+            f"unet=UNet2DModel and scheduler={' or '.join(schedulers)}"
+        )
+    with one_kind_of_error(f"{name_or_path}/unet"):
+        unet_config = load_component_config(UNet2DModel, name_or_path, "unet")
+        check_unet_config(unet_config)
+    with one_kind_of_error(f"{name_or_path}/scheduler"):
+        scheduler_class = getattr(diffusers, found["scheduler"])
+        config = load_component_config(scheduler_class, name_or_path, "scheduler")
+        check_train_timesteps(config)
+        scheduler = scheduler_class.from_config(config)
+        check_scheduler(scheduler)
+    return unet_config, scheduler
+
+
+def load_component_config(component: type, name_or_path: str, subfolder: str) -> dict[str, Any]:
+    """A component's config. The first DDPMs on the Hub (google/ddpm-cifar10-32, ...) keep all in one folder."""
+    try:
+        config = component.load_config(name_or_path, subfolder=subfolder)
+    except OSError as error:
+        try:
+            config = component.load_config(name_or_path)
+        except OSError:
+            raise error from None
+    if not isinstance(config, dict):
+        raise ValueError(f"its config must be a JSON object, not {config!r}")
+    return config
+
+
+def check_train_timesteps(scheduler_config: dict[str, Any]) -> None:
+    """Before the scheduler is made, with tables of this length."""
+    trained = scheduler_config.get("num_train_timesteps", 1000)
+    if type(trained) is not int or not 1 <= trained <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps={trained!r} must be a whole number in [1, {MAX_TRAIN_TIMESTEPS}]")
+
+
+def check_unet_config(config: dict[str, Any]) -> None:
+    """Build the network and run it once, without any memory: it must make images of its own shape."""
+    shape = image_shape(config)
+    with torch.device("meta"), torch.no_grad():
+        output = UNet2DModel.from_config(config)(torch.empty(1, *shape), torch.zeros((), dtype=torch.long)).sample
+    if output.shape[1:] != shape:
+        raise ValueError(f"images of {list(shape)} come out as {list(output.shape[1:])}")
+
+
+@contextmanager
+def one_kind_of_error(what: str) -> Iterator[None]:
+    """ValueError for whatever diffusers, which checks neither configs nor weights, trips over in the block.
+
+    What is not there, or not implemented, stays an error of its kind; `what` comes first in each message."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError) as error:
+        kind = next(kind for kind in (NotImplementedError, OSError, ValueError) if isinstance(error, kind))
+        raise kind(f"{what}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
