@@ -39,7 +39,8 @@ from transformers.hf_argparser import HfArg
 from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
 from images import open_images
 from recipes import one_line_errors, parse_options
-from training.saving import write_json
+from training.folder_lock import folder_lock
+from training.saving import read_json, write_json
 
 METRICS = ("fid", "kid", "isc", "prc")
 NAMES = {  # torch-fidelity's: (ours with its Inception weights, ours with any others)
@@ -143,26 +144,31 @@ def check_device(name):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(EvaluationOptions, argv)
+    with one_line_errors(ValueError, OSError), folder_lock(options.output_dir):
+        evaluate(options, argv)
+
+
+def evaluate(options, argv):
+    """Score the two inputs, and write the result into a folder that this process holds."""
     start = time.perf_counter()
-    with one_line_errors(ValueError, OSError):
-        # Refuse what cannot work before anything takes long
-        result_path = check_result(options)
-        inputs = [open_input(options, 1), open_input(options, 2)]
-        print_inputs(inputs)
-        check_sizes(options, *inputs)
-        counts = [wanted_count(options, number, images) for number, images in enumerate(inputs, 1)]
-        check_counts(options, *counts)
-        extractor = load_extractor(options.feature_extractor, options.feature_extractor_weights)
-        check_rank(options, extractor, *counts)
-        make_folders(options)
+    # Refuse what cannot work before anything takes long
+    result_path = check_result(options)
+    inputs = [open_input(options, 1), open_input(options, 2)]
+    print_inputs(inputs)
+    check_sizes(options, *inputs)
+    counts = [wanted_count(options, number, images) for number, images in enumerate(inputs, 1)]
+    check_counts(options, *counts)
+    extractor = load_extractor(options.feature_extractor, options.feature_extractor_weights)
+    check_rank(options, extractor, *counts)
+    make_folders(options)
 
-        images1 = read_input(options, 1, inputs[0])
-        images2 = read_input(options, 2, inputs[1])
-        check_counts(options, len(images1), len(images2))  # once more: unreadable ones may have been skipped
-        check_rank(options, extractor, len(images1), len(images2))
-        read_seconds = time.perf_counter() - start
+    images1 = read_input(options, 1, inputs[0])
+    images2 = read_input(options, 2, inputs[1])
+    check_counts(options, len(images1), len(images2))  # once more: unreadable ones may have been skipped
+    check_rank(options, extractor, len(images1), len(images2))
+    read_seconds = time.perf_counter() - start
 
-        values, settings = calculate(images1, images2, extractor, options)
+    values, settings = calculate(images1, images2, extractor, options)
 
     seconds = {"read": read_seconds, "total": time.perf_counter() - start}
     record = {
@@ -300,6 +306,8 @@ def check_result(options):
     path = Path(options.output_dir) / RESULT
     if path.exists() and not options.overwrite_output_dir:
         raise ValueError(f"--output_dir {options.output_dir} has a {RESULT}: --overwrite_output_dir replaces it")
+    if path.exists() and not {"values", "torch_fidelity"} <= read_json(path).keys():
+        raise ValueError(f"--overwrite_output_dir: {path} is not one of evaluate.py's; choose another folder")
     for flag in ("output_dir", "cache_dir"):
         folder = getattr(options, flag)
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():

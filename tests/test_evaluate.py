@@ -611,6 +611,10 @@ def test_an_old_result_is_replaced_only_on_request(tmp_path, cache_dir):
     with pytest.raises(SystemExit, match="--overwrite_output_dir replaces it"):
         evaluate.main(flags)
     evaluate.main([*flags, "--overwrite_output_dir"])
+    (tmp_path / "out" / "metrics.json").write_text('{"accuracy": 0.9}')
+    with pytest.raises(SystemExit, match=r"metrics\.json is not one of evaluate\.py's"):
+        evaluate.main([*flags, "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "metrics.json").read_text() == '{"accuracy": 0.9}'
 
 
 def test_few_images_are_scored_on_request(tmp_path, score):

@@ -2,15 +2,18 @@
 
 import functools
 import hashlib
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_UNET, Run
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from training.folder_lock import LOCK_FILE, folder_lock
 from training.output import LIST_FILE, OPTIONS_FILE, OutputDir, check_output_dir
@@ -150,8 +153,6 @@ LATE_REFUSALS = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two runs with different data orders."""
-    from conftest import Run
-
     folder = tmp_path_factory.mktemp("finished")
     runs = [Run(folder / name, ("--max_train_steps", 12, "--seed", seed)) for seed, name in enumerate(("run", "other"))]
     return [run.wait() for run in runs]
@@ -159,8 +160,6 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("refusal", LATE_REFUSALS)
 def test_what_is_refused_leaves_the_earlier_run_as_it_was(train, finished, tmp_path, refusal):
-    import shutil
-
     shutil.copytree(finished[0].folder, tmp_path / "run")
     before = snapshot(tmp_path / "run")
     flags = [str(flag).replace("{other}", str(finished[1].folder)) for flag in LATE_REFUSALS[refusal]]
@@ -184,8 +183,6 @@ def test_another_network_is_refused_by_the_setting_that_differs(train, finished,
 
 @pytest.mark.parametrize("content", ["a run", "files of others"])
 def test_another_runs_checkpoint_goes_on_in_an_empty_folder_alone(train, finished, tmp_path, content):
-    import shutil
-
     if content == "a run":
         shutil.copytree(finished[1].folder, tmp_path / "run")
     else:
@@ -262,7 +259,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, kind):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     folder = {"file": "file", "below a file": "file/out", "dangling link": "dangling"}[kind]
-    with pytest.raises(ValueError, match=rf"--output_dir .*{folder}: "):
+    with pytest.raises(ValueError, match=rf"--output_dir .*{folder}:? "):
         folder_lock(tmp_path / folder).__enter__()
 
 
@@ -283,6 +280,26 @@ def test_without_record_locks_the_note_in_the_file_counts(tmp_path, monkeypatch)
         holder.wait()
     with folder_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("script", ["evaluate", "compare", "generate"])
+def test_every_script_holds_the_folder_that_it_writes_to(script, tmp_path):
+    holder = hold(tmp_path / "out")
+    flags = {
+        "evaluate": ["--input1", "digits", "--input2", "digits"],
+        "compare": ["--max_train_seconds", "1", "--dataset_name", "digits"],
+        "generate": ["--pipeline", str(tmp_path / "pipeline")],
+    }[script]
+    if script == "generate":
+        unet = UNet2DModel(**TINY_UNET, sample_size=8, in_channels=1, out_channels=1)
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    try:
+        with pytest.raises(SystemExit, match=f"in use by process {holder.pid} on host"):
+            importlib.import_module(script).main([*flags, "--output_dir", str(tmp_path / "out")])
+    finally:
+        holder.kill()
+        holder.wait()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
 
 
 def slow_steps(script, seconds):

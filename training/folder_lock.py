@@ -40,6 +40,8 @@ def folder_lock(folder: Path | str, flag: str = "--output_dir") -> Iterator[None
         ValueError: another process holds it, which is named; or it cannot be made or written to.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is a file, not a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
