@@ -312,9 +312,7 @@ SCALAR_TYPES = {
 def save_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> None:
     """Write resolved options as a recipe that repeats them; without `--config` and those named in `leave_out`."""
     text = yaml.dump(plain_values(options, leave_out), Dumper=RecipeDumper, sort_keys=False, width=sys.maxsize)
-    partial = path.with_name(f".{path.name}.partial")  # a run killed here leaves the old file or the new one
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    path.write_text(text, encoding="utf-8")
 
 
 def changed_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

@@ -260,8 +260,8 @@ def train(options, accelerator):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
             warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
 
-    # Here the run begins to write: all that can refuse has refused
-    batches.peek()
+    stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)  # before data workers are forked
+    batches.peek()  # the last that can refuse; from here on the run writes
     hub_repository = None
     made_for = {
         "unet": json.loads(accelerator.unwrap_model(unet).to_json_string()),
@@ -277,7 +277,6 @@ def train(options, accelerator):
             logger.warning(f"{path} is discarded: the run goes on from {checkpoint or 'the beginning'}")
         replace_file(output.path(OPTIONS_FILE), lambda path: save_options(options, path, NOT_SAVED))
     log = TrainingLog(accelerator, options, output, max_steps, step, images_seen, clock)
-    stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)
     evaluation = Interval(accelerator, options.eval_steps, options.eval_seconds, clock)
     unet.train()
     with last_good_checkpoint(output), closing(log), clock.phase("train"):

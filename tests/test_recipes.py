@@ -1,6 +1,5 @@
 """YAML recipes: what is read of them, what they inherit, what is refused, and that saved options come back."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -366,18 +365,3 @@ def test_changed_options_are_named_with_both_values(tmp_path):
         "output_dir": ("out", "007"),
         "learning_rate": (0.5, 1e-4),
     }
-
-
-def test_a_kill_while_saving_leaves_the_old_options(tmp_path, monkeypatch):
-    path = tmp_path / "training_options.yaml"
-    save_options(Options(), path)
-    before = path.read_text()
-
-    def die(source, target):
-        assert os.path.basename(source) == ".training_options.yaml.partial"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipes.os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):
-        save_options(Options(seed=7), path)
-    assert path.read_text() == before
