@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from images import check_output_outside_data
-from recipes import JsonDict, one_line_errors
+from recipes import JsonDict, expand_home, one_line_errors
 from samplers import METHODS
 from train_adaptive_ddpm import command_line
 from training.data import open_training_data
@@ -86,7 +86,7 @@ def main(argv):
     parser = HfArgumentParser(ComparisonOptions, allow_abbrev=False)
     namespace, training_flags = parser.parse_known_args(argv)
     with one_line_errors(ValueError, OSError, FloatingPointError):
-        options = ComparisonOptions(**vars(namespace))
+        options = ComparisonOptions(**{name: expand_home(value) for name, value in vars(namespace).items()})
         training_options = command_line(training_flags)  # a bad flag is found out here
         for method, settings in options.sampler_options.items():
             if not isinstance(settings, dict):

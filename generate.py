@@ -91,7 +91,9 @@ class GenerationOptions:
             if not least <= getattr(self, name) < end:
                 raise ValueError(f"--{name} {getattr(self, name)} must be in [{least}, {end})")
         if self.num_images + self.batch_size > MAX_IMAGES:
-            raise ValueError(f"--num_images {self.num_images} and --batch_size {self.batch_size} must add up to less")
+            raise ValueError(
+                f"--num_images {self.num_images} and --batch_size {self.batch_size} must add up to {MAX_IMAGES} at most"
+            )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta {self.eta} must be in [0, 1]")
         if self.eta and self.sampler != "ddim":

@@ -15,7 +15,7 @@ from pipelines.unconditional import UnconditionalPipeline, check_scheduler, imag
 MAX_TRAIN_TIMESTEPS = 10**6  # more is a typing error, and its tables could exhaust the memory
 # diffusers' names: diffusion_pytorch_model[.VARIANT][-00001-of-00002].safetensors; older shards had the variant last
 WEIGHTS = re.compile(
-    r"diffusion_pytorch_model(\.(?P<new>\w+))?(-\d+-of-\d+)?(\.(?P<old>\w+))?\.(safetensors|bin)", re.ASCII
+    r"diffusion_pytorch_model(\.(?P<new>\w+))?(-\d+-of-\d+)?(\.(?P<old>\w+))?\.(?P<format>safetensors|bin)", re.ASCII
 )
 
 
@@ -29,8 +29,13 @@ def load_pipeline(name_or_path: str, variant: str | None = None) -> Unconditiona
         ValueError: weights that are absent, cannot be read, do not fit the network's config or are not finite.
     """
     check_variant(name_or_path, variant)
+    formats = weight_variants(name_or_path).get(variant, set()) if os.path.isdir(name_or_path) else set()
     with one_kind_of_error(f"{name_or_path}: its weights cannot be loaded"):
-        pipeline = UnconditionalPipeline.from_pretrained(name_or_path, variant=variant)
+        pipeline = UnconditionalPipeline.from_pretrained(
+            name_or_path,
+            variant=variant,
+            use_safetensors=False if formats == {"bin"} else None,  # on its own, diffusers does not find .bin shards
+        )
     # diffusers leaves what the file lacks without any memory
     if missing := [name for name, tensor in pipeline.unet.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{name_or_path}: its weights lack {shortened(missing)}, which its config asks for")
@@ -54,11 +59,14 @@ def check_variant(name_or_path: str, variant: str | None) -> None:
     raise ValueError(f"{name_or_path} has no {asked}, but those for {there}")
 
 
-def weight_variants(folder: str) -> set[str | None]:
-    """The variants of the U-Net's weights in a pipeline's folder; None stands for those without one."""
+def weight_variants(folder: str) -> dict[str | None, set[str]]:
+    """{variant, or None for weights without one: formats, of safetensors and bin} of a pipeline folder's U-Net."""
     subfolder = os.path.join(folder, "unet")
     names = os.listdir(subfolder if os.path.isdir(subfolder) else folder)
-    return {match["new"] or match["old"] for match in map(WEIGHTS.fullmatch, names) if match}
+    variants = {}
+    for match in filter(None, map(WEIGHTS.fullmatch, names)):
+        variants.setdefault(match["new"] or match["old"], set()).add(match["format"])
+    return variants
 
 
 def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDIMScheduler]:

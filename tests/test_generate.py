@@ -336,7 +336,10 @@ def test_two_processes_exit_with_one_message(saved, tmp_path, options, message):
         ({"num_images": 0}, r"--num_images 0 must be in \[1, 4294967296\)"),
         ({"num_images": 2**32}, r"--num_images 4294967296 must be in \[1, 4294967296\)"),
         ({"num_images": "nan"}, "--num_images.* invalid int value: 'nan'"),
-        ({"num_images": 2**32 - 2, "batch_size": 4}, "--num_images 4294967294 and --batch_size 4 must add up to less"),
+        (
+            {"num_images": 2**32 - 2, "batch_size": 4},
+            "--num_images 4294967294 and --batch_size 4 must add up to 4294967296",
+        ),
         ({"batch_size": -4}, r"--batch_size -4 must be in \[1, 4294967296\)"),
         ({"grid_images": -1}, r"--grid_images -1 must be in \[0, 10001\)"),
         ({"grid_images": 10**9}, r"--grid_images 1000000000 must be in \[0, 10001\)"),
