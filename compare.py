@@ -78,7 +78,8 @@ class ComparisonOptions:
             values = getattr(self, flag)
             if len(set(values)) < len(values) or not values:
                 raise ValueError(f"--{flag} {' '.join(map(str, values))}: must be given, and each once")
-        if sorted(self.score_at) != self.score_at or self.score_at[0] <= 0 or self.score_at[-1] != 1:
+        in_range = all(0 < fraction <= 1 for fraction in self.score_at)  # which NaN is not
+        if not in_range or sorted(self.score_at) != self.score_at or self.score_at[-1] != 1:
             raise ValueError(f"--score_at {' '.join(map(str, self.score_at))}: must rise from above 0 to 1")
 
 

@@ -64,6 +64,7 @@ def test_the_table_ranks_methods_and_names_failures():
     [
         (["--methods", "magic"], ["--methods magic", "adaptive"]),
         (["--score_at", "0.5"], ["--score_at", "0.5"]),
+        (["--score_at", "nan", "1"], ["--score_at nan"]),
         (["--score_at", "0.5", "0.2", "1"], ["--score_at"]),
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
         (["--train_batch_size", "0"], ["--train_batch_size 0"]),

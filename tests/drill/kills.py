@@ -31,7 +31,7 @@ SAVING = (
     ("train_adaptive_ddpm", "save_checkpoint", 4),
     ("training.checkpoints", "_checksums", 4),
     ("training.checkpoints", "list_checkpoints", 5),
-    ("training.checkpoints", "remove_partial_checkpoints", 4),
+    ("training.checkpoints", "put_in_place", 4),
     ("accelerate.accelerator", "save_accelerator_state", 4),
     ("train_adaptive_ddpm", "save_pipeline", 1),
     ("training.saving", "named_save_errors", 1),
