@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from test_resuming import assert_identical
 
 import training.step as training_step
+from pipelines import UnconditionalPipeline
 from training.checkpoints import list_checkpoints
 
 TRAIN, GENERATE, EVALUATE, COMPARE = "train_adaptive_ddpm", "generate", "evaluate", "compare"
@@ -216,8 +217,8 @@ def slow_steps(script, seconds):
 
 def slow_sampling(script, seconds):
     """Tamper: let every block of images take longer."""
-    original = script.UnconditionalPipeline.sample
-    script.UnconditionalPipeline.sample = lambda *args, **kwargs: (time.sleep(seconds), original(*args, **kwargs))[1]
+    original = UnconditionalPipeline.sample
+    UnconditionalPipeline.sample = lambda *args, **kwargs: (time.sleep(seconds), original(*args, **kwargs))[1]
 
 
 # What a refusal looks like
