@@ -89,9 +89,7 @@ def main(argv):
     with one_line_errors(ValueError, OSError, FloatingPointError):
         options = ComparisonOptions(**{name: expand_home(value) for name, value in vars(namespace).items()})
         training_options = command_line(training_flags)  # a bad flag is found out here
-        for method, settings in options.sampler_options.items():
-            if not isinstance(settings, dict):
-                raise ValueError(f"--sampler_options {method} {settings!r}: must be a JSON object of settings")
+        check_training_flags(options, training_flags)
         check_output_outside_data(options.output_dir, training_options.dataset_name)
         plan_run(training_options)
         with folder_lock(options.output_dir):
@@ -99,6 +97,23 @@ def main(argv):
                 compare(options, training_options, training_flags)
             except KeyboardInterrupt:
                 raise OSError(f"interrupted; the same command goes on from what is in {options.output_dir}") from None
+
+
+def check_training_flags(options, training_flags):
+    """Refuse flags of training that each run has its own of, and samplers' settings that cannot be used.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = {flag.partition("=")[0].replace("-", "_") for flag in training_flags}
+    for name in ("seed", "method", "overwrite_output_dir", "resume_from_checkpoint"):
+        if f"__{name}" in given:
+            raise ValueError(f"--{name}: is not for a comparison, whose runs have --methods and --seeds, and go on")
+    for method, settings in options.sampler_options.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"--sampler_options {method} {settings!r}: must be a JSON object of settings")
+        flags = ["--method", method, "--timestep_sampler_options", json.dumps(settings)]
+        plan_run(command_line([*training_flags, *flags]))
 
 
 def compare(options, training_options, training_flags):
@@ -116,6 +131,8 @@ def compare(options, training_options, training_flags):
     total = len(runs) * options.max_train_seconds
     progress = tqdm(total=total, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]")
     before = 0.0
+    for run in results["runs"].values():
+        run.pop("failed", None)  # what failed may have been a full disk: it is tried again
     for fraction in options.score_at:
         seconds = fraction * options.max_train_seconds
         for method, seed in runs:

@@ -279,7 +279,8 @@ def check_folder(folder, options):
         files = FORMATS[options.format](folder, options.num_images, options.batch_size)
         foreign = written_paths(files, options.grid_images > 0) - recorded_paths(folder)
     elif options.overwrite_output_dir:
-        foreign = {folder / name for name in ("images", "images.npz", GRID, RECORD) if name in names}
+        written = ("images", "images.npz", "images.npz.tmp", GRID, f"{GRID}.tmp", RECORD)
+        foreign = {folder / name for name in written if name in names}
     else:
         raise ValueError(
             f"--output_dir {folder} is not empty ({names[0]}, ...) and has no {RECORD} of ours: "

@@ -61,6 +61,7 @@ from training.report import (
 from training.resuming import (
     check_resumed_folder,
     check_same_network,
+    is_elsewhere,
     last_good_checkpoint,
     override_settings,
     warn_of_changed_data,
@@ -260,6 +261,9 @@ def train(options, accelerator):
             image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
             warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
 
+    if evaluator:
+        with clock.phase("eval"):
+            evaluator.add_reference()
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)  # before data workers are forked
     batches.peek()  # the last that can refuse; from here on the run writes
     hub_repository = None
@@ -276,6 +280,8 @@ def train(options, accelerator):
         for path in discard_checkpoints_after(output, step):
             logger.warning(f"{path} is discarded: the run goes on from {checkpoint or 'the beginning'}")
         replace_file(output.path(OPTIONS_FILE), lambda path: save_options(options, path, NOT_SAVED))
+    if checkpoint and is_elsewhere(checkpoint, output):  # of which this folder must hold what it goes on from
+        save_state()
     log = TrainingLog(accelerator, options, output, max_steps, step, images_seen, clock)
     evaluation = Interval(accelerator, options.eval_steps, options.eval_seconds, clock)
     unet.train()
@@ -321,7 +327,7 @@ def train(options, accelerator):
             write_model_card(options, output, summary, hub_repository)
             print_summary(options, summary)
         if hub_repository and reason != "signal":
-            upload_to_hub(hub_repository, options)
+            upload_to_hub(hub_repository, output, options)
 
 
 def warn_of_missing_processes():

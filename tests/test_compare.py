@@ -69,6 +69,12 @@ def test_the_table_ranks_methods_and_names_failures():
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
         (["--train_batch_size", "0"], ["--train_batch_size 0"]),
         (["--sampler_options", '{"magic": {}}'], ["--sampler_options magic", "adaptive"]),
+        (["--sampler_options", '{"ddpm": 3}'], ["--sampler_options ddpm 3", "JSON object"]),
+        (["--sampler_options", '{"adaptive": {"bogus": 1}}'], ["--timestep_sampler_options", "bogus"]),
+        (["--seed", "5"], ["--seed", "--seeds"]),
+        (["--method=p2"], ["--method", "--methods"]),
+        (["--overwrite_output_dir"], ["--overwrite_output_dir"]),
+        (["--resume-from-checkpoint", "latest"], ["--resume_from_checkpoint"]),
         (["--sampler_options", "1"], ["--sampler_options", "JSON object", "'1'"]),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 from training.models import build_unet
+from training.plan import plan_run
 
 
 def refused(flags, capsys):
@@ -121,6 +122,22 @@ def test_what_cannot_work_ends_in_one_line_before_training(train, flags, parts):
     for part in parts:
         assert part in line
     assert not run.folder.exists()
+
+
+ALLOWED_BY_THE_IMAGES = [
+    {"in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "norm_num_groups": 4},
+    {"sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4},
+    {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},  # as many as 8x8 images have levels
+]
+
+
+@pytest.mark.parametrize("unet", ALLOWED_BY_THE_IMAGES)
+def test_stand_ins_refuse_nothing_that_the_images_allow(unet):
+    """Before they are read, grey 8x8 images may be of any size and colour."""
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "layers_per_block": 1}
+    options = command_line(["--dataset_name", "x", "--unet", json.dumps(blocks | unet)])
+    plan_run(options)
+    build_unet(options, channels=1, resolution=8)
 
 
 BAD_MODEL_CONFIGS = {

@@ -14,9 +14,13 @@ import time
 import pytest
 from conftest import REPOSITORY, TINY_UNET, Run
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub.utils import filter_repo_objects
 
+from training import report
+from training.checkpoints import discard_checkpoints_after
 from training.folder_lock import LOCK_FILE, folder_lock
-from training.output import LIST_FILE, OPTIONS_FILE, OutputDir, check_output_dir
+from training.options import TrainingOptions
+from training.output import CHECKPOINTS, LIST_FILE, OPTIONS_FILE, RESULTS, OutputDir, check_output_dir
 
 
 def snapshot(folder):
@@ -99,6 +103,51 @@ def test_a_file_of_others_is_not_written_over(output):
     with pytest.raises(OSError, match=r"metrics\.jsonl is not of this run"):
         output.path("metrics.jsonl")
     assert "metrics.jsonl" not in OutputDir(output.folder).written
+
+
+PATTERNS = f"{RESULTS} {CHECKPOINTS}".split()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_files_of_others_are_seen_wherever_a_run_writes(output, pattern):
+    output.path("metrics.jsonl" if pattern != "metrics.jsonl" else "README.md").touch()
+    name = pattern.replace("*", "7")
+    write(output.folder, name)
+    assert output.foreign() == [name]
+    with pytest.raises(ValueError, match=f"{name} would be written over"):
+        check_output_dir(output, resume=False, overwrite=True, checkpoints=False)
+
+
+def test_a_line_cut_short_by_a_full_disk_spoils_no_other(output):
+    (output.folder / LIST_FILE).write_text("metrics.jsonl\nREADM")
+    output.path("unet/config.json")
+    assert OutputDir(output.folder).written == {"metrics.jsonl", "READM", "unet/config.json"}
+
+
+def test_a_given_up_checkpoint_behind_a_link_is_refused(output, tmp_path):
+    for step in (2, 4):
+        output.path(f"checkpoint-{step}/manifest.json")
+        write(output.folder, f"checkpoint-{step}/manifest.json")
+    (output.folder / "checkpoint-4").rename(tmp_path / "moved")
+    (output.folder / "checkpoint-4").symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match="checkpoint-4: is given up, but is a link"):
+        discard_checkpoints_after(output, 1)
+    assert (output.folder / "checkpoint-2" / "manifest.json").exists()
+
+
+def test_files_of_others_are_not_uploaded(output, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(report, "upload_folder", lambda **arguments: asked.update(arguments))
+    output.path("unet/config.json")
+    write(output.folder, "unet/config.json", "notes.txt")
+    options = TrainingOptions(output_dir=str(output.folder))
+    report.upload_to_hub("me/model", output, options)
+    uploaded = filter_repo_objects(
+        ["unet/config.json", "notes.txt"],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(uploaded) == ["unet/config.json"]
 
 
 def test_a_list_that_somebody_edited_leads_out_of_the_folder_nowhere(output, tmp_path):

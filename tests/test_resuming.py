@@ -187,6 +187,16 @@ def test_another_runs_checkpoint_can_be_gone_on_from(train, never_stopped, tmp_p
     assert_identical(final_state(run.folder), final_state(never_stopped.folder))
 
 
+def test_another_runs_checkpoint_is_kept_from_the_first_moment(train, never_stopped):
+    """So that a run killed before a checkpoint of its own goes on from there, and not from nothing."""
+    deadly = functools.partial(kill_at, module="training.step", function="epsilon_errors", call=1, after=False)
+    flags = ("--resume_from_checkpoint", never_stopped.folder / "checkpoint-18")
+    train("elsewhere", *flags, tamper=deadly).wait(-signal.SIGKILL)
+    resumed = train("elsewhere", "--resume_from_checkpoint", "latest").wait()
+    assert "resumed from" in resumed.output
+    assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
+
+
 def test_a_finished_run_resumed_keeps_its_summary(train):
     first = train("run").wait()
     before = json.loads((first.folder / "training_summary.json").read_text())

@@ -88,8 +88,15 @@ def find_checkpoint(output_dir, wanted, warn):
 
 def discard_checkpoints_after(output, step):
     """Delete the checkpoints of a life that is given up: those after `step`, from where the run goes on; returns them.
-    Whatever checkpoint there is then is whole, and of this run."""
+    Whatever checkpoint there is then is whole, and of this run.
+
+    Raises:
+        ValueError: one is a link; nothing is deleted then.
+    """
     given_up = [path for number, path in list_checkpoints(output.folder) if number > step]
+    for path in given_up:
+        if path.is_symlink():
+            raise ValueError(f"{path}: is given up, but is a link, and nothing behind links is deleted; remove it")
     for path in given_up:
         output.delete_under(path.name)
     return given_up

@@ -38,7 +38,7 @@ class Evaluator:
             is_abandoned: asked by all processes before each batch; once it is true, there is no score (None).
         """
         if not self.has_reference:
-            self._add_reference()
+            self.add_reference()
         sampler = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(self.device)
         sampler.set_progress_bar_config(disable=True)
         for indices in self._shares(self.options.eval_num_images):
@@ -52,7 +52,8 @@ class Evaluator:
         self.metric.reset()  # but for the reference
         return score
 
-    def _add_reference(self):
+    def add_reference(self):
+        """Look at the reference images, once; all processes must call it. The first score does, if nobody has."""
         shares = self._shares(min(len(self.dataset), max(self.options.eval_num_images, MIN_REFERENCE)))
         batches = training_batches(
             self.dataset,

@@ -158,9 +158,10 @@ def check_alphas_cumprod(noise_scheduler):
     if not ((noise_scheduler.betas > 0).all() and (noise_scheduler.betas <= 1).all()):
         raise ValueError("betas must be in (0, 1]")
     if alphas_cumprod[-1] == 0:
+        cause = "rescale_betas_zero_snr" if noise_scheduler.config.rescale_betas_zero_snr else f"{steps} of these betas"
         raise ValueError(
-            "a zero terminal SNR (rescale_betas_zero_snr) cannot be trained here: objectives are defined on the "
-            "epsilon-loss, which says nothing about a network's output where there is no signal"
+            f"a zero terminal SNR ({cause}) cannot be trained here: objectives are defined on the epsilon-loss, which "
+            "says nothing about a network's output where there is no signal"
         )
     if not (torch.cat([torch.ones(1), alphas_cumprod]).diff() < 0).all():
         raise ValueError("betas are so small that alphas_cumprod does not fall from each timestep to the next")
@@ -244,7 +245,10 @@ def check_finite(tensors, what):
     Raises:
         FloatingPointError: on all processes alike.
     """
-    if not torch.stack([whole(tensor.detach()).isfinite().all() for tensor in tensors]).all():
+    is_finite = torch.stack([whole(tensor.detach()).isfinite().all() for tensor in tensors]).all().float()
+    if torch.distributed.is_initialized():  # shards may differ
+        torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
+    if not is_finite:
         raise FloatingPointError(f"the {what} are not finite, and are not saved")
 
 

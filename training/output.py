@@ -20,7 +20,8 @@ RESULTS = """training_options.yaml training_summary.json metrics.jsonl timestep_
     samples/final.png samples/step-*.png
     model_index.json unet/config.json unet/diffusion_pytorch_model* scheduler/scheduler_config.json"""
 CHECKPOINTS = """checkpoint-*/manifest.json checkpoint-*/model*.safetensors checkpoint-*/optimizer*.bin
-    checkpoint-*/custom_checkpoint_*.pkl checkpoint-*/random_states_*.pkl checkpoint-*/process_state_*.pt"""
+    checkpoint-*/custom_checkpoint_*.pkl checkpoint-*/random_states_*.pkl checkpoint-*/process_state_*.pt
+    checkpoint-*/scaler.pt checkpoint-*/pytorch_model*.bin"""
 FOLDERS = re.compile(r"unet|scheduler|samples|checkpoint-\d+", re.IGNORECASE)  # as file systems may
 
 
@@ -117,11 +118,14 @@ class OutputDir:
         in_place_of_folders = {
             path.name for path in self.folder.iterdir() if FOLDERS.fullmatch(path.name) and not path.is_dir()
         }
-        return sorted((in_place_of_folders | files_by_name(self.folder, RESULTS + CHECKPOINTS)) - self.written)
+        return sorted((in_place_of_folders | files_by_name(self.folder, f"{RESULTS} {CHECKPOINTS}")) - self.written)
 
     def _note(self, names: list[str]) -> None:
-        is_new = not (self.folder / LIST_FILE).exists()
-        with (self.folder / LIST_FILE).open("a") as file:
+        path = self.folder / LIST_FILE
+        is_new = not path.exists()
+        is_torn = not is_new and not path.read_bytes().endswith(b"\n")  # by a disk that was full
+        with path.open("a") as file:
+            file.write("\n" * is_torn)
             file.writelines(f"{name}\n" for name in ([*sorted(self.written), *names] if is_new else names))
         self.written.update(names)
 
@@ -130,7 +134,7 @@ def read_list(folder: Path) -> set[str]:
     """The paths on the list of a run's folder. Where it is missing, because the run is older than these lists or was
     copied without hidden files: what is there by a run's names, as far as something shows that a run has been here."""
     if (folder / LIST_FILE).is_file():
-        return set(filter(is_inside, (folder / LIST_FILE).read_text().splitlines()))
+        return set(filter(is_inside, (folder / LIST_FILE).read_text().split("\n")))
     if (folder / OPTIONS_FILE).is_file():
         return files_by_name(folder, f"{RESULTS} {CHECKPOINTS} logs/adaptive-ddpm/events.out.tfevents.*")
     return {name for name in files_by_name(folder, CHECKPOINTS) if (folder / name).with_name("manifest.json").is_file()}

@@ -19,11 +19,14 @@ def plan_run(options):
         ValueError: naming the flag that leads to something that cannot work.
     """
     schedule = NoiseSchedule.from_scheduler(build_noise_scheduler(options))
-    channels, resolution = CHANNELS[options.image_mode], options.resolution or stand_in_resolution(options)
+    channels, resolution = stand_in_shape(options)
+    # Without either, the images decide how many levels the network has
+    has_levels = options.resolution or options.model_config_name_or_path or "block_out_channels" in options.unet
     with torch.random.fork_rng(devices=[]):
         check_batch_memory(options, channels, resolution)
-        with torch.device("meta"):
-            build_unet(options, channels, resolution)
+        if has_levels:
+            with torch.device("meta"):
+                build_unet(options, channels, resolution)
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, images, "cpu")
         try:
@@ -33,6 +36,16 @@ def plan_run(options):
             raise ValueError(
                 f"--timestep_sampler_options {dict(options.timestep_sampler_options)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def stand_in_shape(options):
+    """(C, resolution) of images that the options would allow; the images themselves may be others."""
+    channels, size = options.unet.get("in_channels"), options.unet.get("sample_size")
+    if options.image_mode != "auto" or channels not in (1, 3):
+        channels = CHANNELS[options.image_mode]
+    if options.resolution:
+        return channels, options.resolution
+    return channels, size if type(size) is int and size > 0 else stand_in_resolution(options)
 
 
 def stand_in_resolution(options):

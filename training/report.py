@@ -1,5 +1,6 @@
 """What a run leaves for people to look at: the plot of its timestep density, and its model card."""
 
+import glob
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -149,14 +150,15 @@ def create_hub_repository(options):
         return create_repo(name, private=private, token=options.hub_token, exist_ok=True).repo_id
 
 
-def upload_to_hub(repo_id, options):
-    """Upload the results, without checkpoints and logs."""
+def upload_to_hub(repo_id, output, options):
+    """Upload the results, without checkpoints and logs; files of others in the folder stay private."""
     with named_hub_errors(options):
         upload_folder(
             repo_id=repo_id,
             folder_path=options.output_dir,
             token=options.hub_token,
             commit_message="End of training",
+            allow_patterns=sorted(glob.escape(name) for name in output.written),
             ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{options.logging_dir}/*", ".*"],
         )
 

@@ -25,11 +25,16 @@ def check_resumed_folder(output: OutputDir, checkpoint: Path | None) -> None:
         ValueError: naming both.
     """
     others = {path.name for path in output.folder.iterdir()} - {LOCK_FILE}
-    if checkpoint and others and checkpoint.resolve().parent != output.folder.resolve():
+    if checkpoint and others and is_elsewhere(checkpoint, output):
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: is of another run than the one in --output_dir {output}; choose "
-            "an empty --output_dir"
+            "an empty --output_dir, or go on with the run in this one by --resume_from_checkpoint latest"
         )
+
+
+def is_elsewhere(checkpoint: Path, output: OutputDir) -> bool:
+    """Whether a checkpoint is not in the run's own folder."""
+    return checkpoint.parent.resolve() != output.folder.resolve()
 
 
 def check_same_network(options, saved_config: dict | None, checkpoint: Path) -> None:
