@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from runs import (
+from harness import (
     RESUME,
     Case,
     Failed,

@@ -6,7 +6,7 @@ import re
 import subprocess
 import time
 
-from runs import (
+from harness import (
     FORMATS,
     RESUME,
     Case,

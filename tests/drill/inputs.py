@@ -14,8 +14,7 @@ import typing
 import hypothesis
 import yaml
 from conftest import TINY_UNET
-from hypothesis import strategies as st
-from runs import (
+from harness import (
     COMPARE,
     COMPARING,
     EVALUATE,
@@ -33,6 +32,7 @@ from runs import (
     scaled,
     snapshot,
 )
+from hypothesis import strategies as st
 
 from recipes import JsonDict
 

@@ -4,7 +4,7 @@ nothing disturbed, bit for bit."""
 import functools
 import shutil
 
-from runs import (
+from harness import (
     FORMATS,
     RESUME,
     STREAM,

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 
-from runs import (
+from harness import (
     FORMATS,
     RESUME,
     STREAM,

@@ -5,7 +5,7 @@ import re
 
 import test_resuming
 import torch
-from runs import RESUME, Case, Failed, Starts, bound, check_refusal, check_same_run, scaled
+from harness import RESUME, Case, Failed, Starts, bound, check_refusal, check_same_run, scaled
 from safetensors.torch import load_file
 
 import training.step as training_step

@@ -8,7 +8,19 @@ import sys
 import psutil
 import torch
 from conftest import REPOSITORY
-from runs import RESUME, TRAINING, Case, Failed, Starts, bound, check_same_run, metrics_of, scaled, slow_steps, wait_for
+from harness import (
+    RESUME,
+    TRAINING,
+    Case,
+    Failed,
+    Starts,
+    bound,
+    check_same_run,
+    metrics_of,
+    scaled,
+    slow_steps,
+    wait_for,
+)
 from test_training import SMOOTH, distance, weights
 
 NUM_KILLS = 8

@@ -32,7 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.
 os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
 
 import torch  # noqa: E402
-from runs import PRELOAD, Case, Drill, Failed, References, Skipped, bound, processes  # noqa: E402
+from harness import PRELOAD, Case, Drill, Failed, References, Skipped, bound, processes  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 PARTS = ("kills", "inputs", "disk", "nan", "bits", "processes", "locks")

@@ -34,7 +34,7 @@ from training.checkpoints import list_checkpoints
 TRAIN, GENERATE, EVALUATE, COMPARE = "train_adaptive_ddpm", "generate", "evaluate", "compare"
 # Imported once, in the server that all starts are forked from; scikit-learn and datasets by name, as the scripts
 # import them late.
-PRELOAD = [TRAIN, GENERATE, EVALUATE, COMPARE, "datasets", "sklearn.datasets", "runs"]
+PRELOAD = [TRAIN, GENERATE, EVALUATE, COMPARE, "datasets", "sklearn.datasets", "harness"]
 TRAINING = [*TINY, *ADAPTING, "--unet", json.dumps(TINY_UNET)]
 STREAM = ["--data_placement", "stream", "--dataloader_num_workers", "1"]
 RESUME = ["--resume_from_checkpoint", "latest"]
