@@ -246,6 +246,16 @@ def test_a_damaged_line_of_the_log_costs_that_line_alone(train):
     assert "1 damaged line(s) left out" in again.output
 
 
+def test_a_damaged_line_that_is_still_json_does_not_stop_the_end(train):
+    run = train("run", "--max_train_steps", 12).wait()
+    path = run.folder / "metrics.jsonl"
+    first, *others = path.read_text().splitlines()
+    record = json.loads(first)
+    record["density"] = [*record["density"], 0.5]  # one bit makes a comma of a point
+    path.write_text("\n".join([json.dumps(record), *others]) + "\n")
+    train("run", "--resume_from_checkpoint", "latest").wait()
+
+
 def test_the_model_cards_command_repeats_the_run(train, tmp_path):
     run = train("run", "--max_train_steps", 6).wait()
     command = last_line_with("`accelerate launch", (run.folder / "README.md").read_text()).split("`")[1]

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 
 from samplers import resolve_method
 
-from .metrics import read_metrics
+from .metrics import NUM_BINS, read_metrics
 from .models import method_parts
 from .saving import replace_file
 
@@ -21,7 +21,8 @@ matplotlib.use("agg")
 
 def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
     """Draw p_t, w_t and their product over training, from the records of `metrics.jsonl` that have them."""
-    records = [record for record in read_metrics(metrics_path) if "density" in record]
+    num_bins = min(NUM_BINS, num_train_timesteps)
+    records = [record for record in read_metrics(metrics_path) if has_tables(record, num_bins)]
     if not records:
         return
     panels = [
@@ -32,7 +33,6 @@ def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
             lambda r: [num_train_timesteps * p * w for p, w in zip(r["density"], r["weight"], strict=True)],
         ),
     ]
-    num_bins = len(records[0]["density"])
     middles = [(i + 0.5) * num_train_timesteps / num_bins for i in range(num_bins)]
     colors = plt.get_cmap("viridis")
     scale = Normalize(records[0]["step"], max(records[-1]["step"], records[0]["step"] + 1))
@@ -45,6 +45,12 @@ def plot_timestep_density(metrics_path, image_path, num_train_timesteps):
     figure.colorbar(plt.cm.ScalarMappable(scale, colors), ax=axes, label="training step", pad=0.01)
     figure.savefig(image_path, dpi=110)
     plt.close(figure)
+
+
+def has_tables(record, num_bins):
+    """Whether a record has the sampler's tables, whole: a line of the log may be damaged and still be JSON."""
+    tables = record.get("density"), record.get("weight")
+    return all(isinstance(table, list) and len(table) == num_bins for table in tables)
 
 
 def write_model_card(options, output, summary, repository=None):
