@@ -545,13 +545,15 @@ def test_options_that_are_not_allowed(flags, message, capsys):
 )
 def test_one_line_says_what_is_wrong_before_anything_takes_long(flags, message, errors_folder, monkeypatch):
     monkeypatch.setattr(evaluate, "calculate", lambda *_: pytest.fail("the expensive work began"))
-    names = {path.stem: str(path) for path in errors_folder.iterdir()} | {"nowhere": str(errors_folder / "nowhere")}
-    given = "--input1 {images} --input2 {images} --output_dir {nowhere}/scores --metrics prc"
+    names = {path.stem: str(path) for path in errors_folder.iterdir()}
+    names |= {name: str(errors_folder / name) for name in ("nowhere", "scores")}
+    given = "--input1 {images} --input2 {images} --output_dir {scores} --metrics prc"
     with pytest.raises(SystemExit) as error:
         evaluate.main(f"{given} {flags}".format(**names).split())
     assert message.format(**names) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (errors_folder / "nowhere").exists()
+    assert not (errors_folder / "scores").exists()
 
 
 def test_a_frechet_distance_needs_more_images_than_features(random_inception, errors_folder, tmp_path):
