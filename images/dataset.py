@@ -1,5 +1,6 @@
 """Images as a map-style dataset of square uint8 tensors, of one mode, size and range for all."""
 
+import copy
 import itertools
 import logging
 import os
@@ -168,12 +169,36 @@ class ImageDataset(torch.utils.data.Dataset):
         return image
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+    @property
     def nbytes(self) -> int:
         return len(self) * self.channels * self.resolution**2
 
     @property
     def bad_images(self) -> list[int]:
         return sorted(self._bad)
+
+    # A part of it
+
+    def hold_out(self, share: float) -> tuple["ImageDataset", "ImageDataset"]:
+        """(The others, those held out): the images divided for good, those held out evenly spaced through the data set.
+
+        Args:
+            share: of the images, in (0, 1), to hold out; at least one is, and at least one is not.
+        """
+        count = min(max(round(share * len(self)), 1), len(self) - 1)
+        held_out = [i * len(self) // count for i in range(count)]
+        others = sorted(set(range(len(self))) - set(held_out))
+        return self._part(others, "image held out"), self._part(held_out, "image not held out")
+
+    def _part(self, indices: list[int], why_not_the_others: str) -> "ImageDataset":
+        part = copy.copy(self)
+        part._source = self._source.select(indices, why_not_the_others)
+        part._images = part._source.images
+        part._bad, part._notes = set(), list(self._notes)
+        return part
 
     # What it holds, for people
 
