@@ -34,7 +34,8 @@ from train_adaptive_ddpm import command_line
 from training.data import open_training_data
 from training.evaluation import Evaluator
 from training.folder_lock import LOCK_FILE, folder_lock
-from training.metrics import device_name, library_versions, read_metrics
+from training.log import read_metrics
+from training.machine import device_name, library_versions
 from training.output import SUMMARY_FILE
 from training.plan import plan_run
 from training.saving import read_json, replace_file, write_json
@@ -121,9 +122,11 @@ def compare(options, training_options, training_flags):
     folder = Path(options.output_dir)
     results = open_results(folder, options, training_flags)
     joined = [joined_results(other, results) for other in options.join]
-    dataset = open_training_data(training_options)
+    dataset, _ = open_training_data(training_options)
     print(dataset.describe())
-    evaluator = Evaluator(training_options, dataset, PartialState())
+    evaluator = Evaluator(
+        training_options, dataset, PartialState(), training_options.seed, training_options.train_batch_size
+    )
     results |= {"score": evaluator.name, "data": dataset.contents()}
     write_json(results, folder / RESULTS_FILE)  # which makes the folder one to go on in
 

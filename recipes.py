@@ -83,8 +83,10 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
 
 
 def option_groups(options_class: type) -> list[type]:
-    """The dataclasses that make up one of options, a heading of `--help` each; itself, where it has none."""
-    return [base for base in options_class.__bases__ if is_dataclass(base)] or [options_class]
+    """The dataclasses that one of options is made up of, which then has no fields of its own: a heading of `--help`
+    each, under `_argument_group_name`. Itself, where it is not made up of any."""
+    bases = [base for base in options_class.__bases__ if is_dataclass(base)]
+    return [group for base in bases for group in option_groups(base)] or [options_class]
 
 
 @contextmanager

@@ -352,10 +352,10 @@ def test_every_script_holds_the_folder_that_it_writes_to(script, tmp_path):
 
 
 def slow_steps(script, seconds):
-    import training.step as training_step
+    from training.denoiser import Denoiser
 
-    original = training_step.epsilon_errors
-    training_step.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = Denoiser.epsilon_errors
+    Denoiser.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 @pytest.mark.parametrize("second", [(), ("--resume_from_checkpoint", "latest"), ("--overwrite_output_dir",)])
