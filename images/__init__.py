@@ -10,7 +10,7 @@ Images stay uint8 until the training step (`normalize`): a quarter of the memory
 """
 
 from .batches import ImageBatches, image_order, training_batches
-from .dataset import ImageDataset, normalize, open_images
+from .dataset import ImageDataset, counted, normalize, open_images
 from .decoding import BadImage, ImageError, decode_image
 from .folders import check_output_outside_data
 
@@ -20,6 +20,7 @@ __all__ = [
     "ImageDataset",
     "ImageError",
     "check_output_outside_data",
+    "counted",
     "decode_image",
     "image_order",
     "normalize",

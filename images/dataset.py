@@ -205,13 +205,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def describe(self) -> str:
         """One line: how many images of what, of which classes and sizes, and what was left out."""
         contents = self.contents()
-        of_files = f" of {_counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
-        left_out = ", ".join(_counted(count, reason) for reason, count in contents["left_out"].items())
+        of_files = f" of {counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
+        left_out = ", ".join(counted(count, reason) for reason, count in contents["left_out"].items())
         name = self.name
         if contents["files"] is not None and not name.endswith(os.sep):
             name += os.sep
         details = "; ".join(filter(None, [_describe_classes(contents["classes"]), range_of_sizes(self._sizes)]))
-        line = f"{_counted(contents['images'], 'image')}{of_files} {name} ({details})"
+        line = f"{counted(contents['images'], 'image')}{of_files} {name} ({details})"
         return f"{line}; left out: {left_out}" if left_out else line
 
     def contents(self) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def _undecoded_bytes(entry: Entry) -> bytes:
         return b""
 
 
-def _counted(count: int, reason: str) -> str:
+def counted(count: int, reason: str) -> str:
     """ "2 hidden files", "1 .txt": what is counted in the plural if there are several."""
     if count != 1 and not reason.startswith("."):
         reason = re.sub(r"\b(image|file|folder|link)\b", r"\1s", reason, count=1)

@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from images import counted
+
 from .log import TrainingLog
 from .machine import device_name, library_versions
 from .models import method_of
@@ -54,44 +56,16 @@ def write_model_card(
         summary: of `write_summary`.
         repository: on the Hub, where the card is going; by default, it tells how to load the folder.
     """
-    folder = output.folder
-    dataset = options.dataset_name
-    on_hub = dataset != "digits" and not Path(dataset).exists()
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        datasets=[dataset] if on_hub else None,
-        tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
-    )
-    name = repository or str(folder)
-    parts = method_of(options)
-    budget = ", ".join(
-        f"{flag} {value}"
-        for flag in ("max_train_seconds", "max_train_steps", "num_epochs")
-        if (value := getattr(options, flag)) is not None
-    )
-    rows = {
-        "data set": f"`{dataset}`, {options.resolution}×{options.resolution}: {describe_data(summary)}",
-        "method": f"`{options.method}`: timesteps `{parts.timestep_sampler}`, loss weighting `{parts.loss_weighting}`, "
-        f"error filter `{parts.error_filter}`",
-        "budget": budget,
-        "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
-        "parameters": f"{summary['parameters'] / 1e6:.1f} M",
-        "weights": "exponential moving average" if options.use_ema else "last step",
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    picture = "![samples](samples/final.png)\n" if (folder / "samples" / "final.png").exists() else ""
-    has_validation = (folder / "validation_loss.png").exists()
-    validation = "\n![validation loss by timestep](validation_loss.png)\n" if has_validation else ""
+    name = repository or str(output.folder)
     text = f"""---
-{data.to_yaml()}
+{card_metadata(options).to_yaml()}
 ---
 
 # {Path(name).name}
 
-An unconditional diffusion model, trained with adaptive-ddpm on `{dataset}`.
+An unconditional diffusion model, trained with adaptive-ddpm on `{options.dataset_name}`.
 
-{picture}
+{picture(output, "samples", "samples/final.png")}
 ```python
 from diffusers import DDPMPipeline
 
@@ -101,21 +75,55 @@ image = pipeline().images[0]
 
 | | |
 |---|---|
-{table}
+{card_table(options, summary)}
 
-![timestep density](timestep_density.png)
-{validation}
+{picture(output, "timestep density", "timestep_density.png")}
+{picture(output, "validation loss by timestep", "validation_loss.png")}
 `training_options.yaml` repeats the run, into another folder:
 `accelerate launch train_adaptive_ddpm.py --config training_options.yaml --output_dir OTHER_FOLDER`.
 """
     replace_file(output.path("README.md"), ModelCard(text).save)
 
 
+def card_metadata(options: TrainingOptions) -> ModelCardData:
+    """What the Hub files a model under."""
+    on_hub = options.dataset_name != "digits" and not Path(options.dataset_name).exists()
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        datasets=[options.dataset_name] if on_hub else None,
+        tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
+    )
+
+
+def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
+    """How a model was trained: rows of a table in Markdown."""
+    method = method_of(options)
+    budgets = {name: getattr(options, name) for name in ("max_train_seconds", "max_train_steps", "num_epochs")}
+    rows = {
+        "data set": f"`{options.dataset_name}`, {options.resolution}×{options.resolution}: {describe_data(summary)}",
+        "method": f"`{options.method}`: timesteps `{method.timestep_sampler}`, "
+        f"loss weighting `{method.loss_weighting}`, error filter `{method.error_filter}`",
+        "budget": ", ".join(f"{name} {value}" for name, value in budgets.items() if value is not None),
+        "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
+        "parameters": f"{summary['parameters'] / 1e6:.1f} M",
+        "weights": "exponential moving average" if options.use_ema else "last step",
+    }
+    return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def picture(output: OutputDir, title: str, name: str) -> str:
+    """A picture of the run in Markdown, and an empty line; nothing where it has none of that name."""
+    return f"![{title}]({name})\n" if (output.folder / name).exists() else ""
+
+
 def describe_data(summary: dict[str, Any]) -> str:
     """How many images there were, from how many files, and what was left out: a phrase."""
     data = summary["data"]
-    phrase = f"{data['images']:,} images" + (f" of {data['files']:,} files" if data["files"] is not None else "")
-    left_out = [f"{count:,} {reason}" for reason, count in data["left_out"].items()]
+    phrase = counted(data["images"], "image")
+    if data["files"] is not None:
+        phrase += f" of {counted(data['files'], 'file')}"
+    left_out = [counted(count, reason) for reason, count in data["left_out"].items()]
     return phrase + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
