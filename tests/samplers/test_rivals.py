@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import results_of_two_ranks
 from scipy import stats
 from sklearn.feature_selection import SelectKBest, f_regression
-from test_adaptive_sampler import total_variation, uniform_density
+from test_adaptive import total_variation, uniform_density
 from test_samplers import (
     adapt,
     alphas_cumprod,
