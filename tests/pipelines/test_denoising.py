@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 
 from pipelines import denoising_steps
-from pipelines.unconditional import denoise_step
+from pipelines.denoising import denoise_step
 
 CLIPS = ({"clip_sample": False}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 0.5})
 SPACINGS = (

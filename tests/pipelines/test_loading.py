@@ -131,7 +131,11 @@ def test_a_missing_component_is_refused_by_name(folder, part):
         ("scheduler/scheduler_config", {"beta_start": float("nan")}, "alphas_cumprod outside"),
         ("scheduler/scheduler_config", {"beta_end": 2}, "alphas_cumprod outside"),
         ("scheduler/scheduler_config", {"beta_schedule": "magic"}, "magic"),
-        ("scheduler/scheduler_config", {"trained_betas": [0.1]}, "1 trained_betas are not num_train_timesteps=20"),
+        (
+            "scheduler/scheduler_config",
+            {"trained_betas": [0.1]},
+            "trained_betas has 1 values, and num_train_timesteps is 20",
+        ),
         ("scheduler/scheduler_config", {"steps_offset": "a"}, "steps_offset='a' must be"),
         ("scheduler/scheduler_config", {"steps_offset": -1}, "steps_offset=-1 must be"),
         ("scheduler/scheduler_config", {"timestep_spacing": "magic"}, "timestep_spacing='magic' must be one of"),

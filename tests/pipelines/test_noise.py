@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipelines import unconditional
-from pipelines.unconditional import image_generators, image_seed, noise_maps
+import pipelines.noise
+from pipelines.noise import image_generators, image_seed, noise_maps
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_noise_is_the_same_bits_in_every_batch_and_new_at_every_step():
 
 
 def test_large_images_draw_fewer_steps_at_once(monkeypatch):
-    monkeypatch.setattr(unconditional, "NOISE_VALUES", 3 * 64)
+    monkeypatch.setattr(pipelines.noise, "NOISE_VALUES", 3 * 64)
     maps = noise_maps(image_generators(0, [0, 1], CPU), (1, 8, 8), 10, CPU)
     assert next(maps)._base.shape[1] == 3
 

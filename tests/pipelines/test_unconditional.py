@@ -12,7 +12,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 from tiny_networks import tiny_unet
 
 from pipelines import UnconditionalPipeline
-from pipelines.unconditional import image_generators, noise_maps
+from pipelines.noise import image_generators, noise_maps
 
 CPU = torch.device("cpu")
 
