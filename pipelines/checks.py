@@ -1,7 +1,6 @@
 """What a network and its scheduler must be like to sample from them; each refusal names the setting."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,17 +46,6 @@ def check_forward(unet: UNet2DModel, shape: tuple[int, int, int]) -> None:
         output = unet(images, timesteps, return_dict=False)[0]
     if output.shape != images.shape:
         raise ValueError(f"images of {list(shape)} come out as {list(output.shape[1:])}")
-
-
-def nonfinite_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """The names of those of (name, tensor) that hold a NaN or an infinity. Waits for the device once."""
-    names, are_finite = [], []
-    for name, tensor in weights:
-        names.append(name)
-        are_finite.append(tensor.isfinite().all())
-    if not names:
-        return []
-    return [name for name, is_finite in zip(names, torch.stack(are_finite).tolist(), strict=True) if not is_finite]
 
 
 def check_alphas_cumprod(scheduler: DDPMScheduler | DDIMScheduler) -> None:

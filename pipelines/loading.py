@@ -10,8 +10,9 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from pipelines.checks import check_forward, check_scheduler, image_shape, nonfinite_weights
+from pipelines.checks import check_forward, check_scheduler, image_shape
 from pipelines.unconditional import UnconditionalPipeline
+from pipelines.weights import nonfinite_weights
 
 MAX_TRAIN_TIMESTEPS = 10**6  # more is a typing error, and its tables could exhaust the memory
 # diffusers' names: diffusion_pytorch_model[.VARIANT][-00001-of-00002].safetensors; older shards had the variant last

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from pipelines.checks import image_shape, nonfinite_weights
+from pipelines.checks import image_shape
 from pipelines.denoising import Step, denoise_step, denoising_steps
 from pipelines.noise import image_generators, noise_maps
+from pipelines.weights import nonfinite_weights
 
 
 class UnconditionalPipeline(DDPMPipeline):

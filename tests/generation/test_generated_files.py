@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_networks import tiny_pipeline
 
 import generate
+from generation.writing import Writer
 from pipelines import UnconditionalPipeline
 
 pytest_plugins = ["generation_fixtures"]
@@ -136,7 +137,7 @@ def test_two_processes_write_the_same_files(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_images": 0}, "--num_images 0 must be in [1, "), ({"output_dir": __file__}, "is a file")],
+    [({"num_images": 0}, "--num_images 0: must be in [1, "), ({"output_dir": __file__}, "is a file")],
 )
 def test_two_processes_exit_with_one_message(saved, tmp_path, options, message):
     process = launch(*flags(saved, tmp_path / "out", **options))
@@ -149,7 +150,10 @@ def test_a_full_disk_ends_the_run_with_a_message(saved, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(SystemExit, match=r"cannot write .*\.png: .*No space left on device"):
+    with pytest.raises(
+        SystemExit,
+        match=r"\.png could not be saved \(.* MB are free\): .*No space left on device.*the same command goes on",
+    ):
         run(saved, tmp_path)
 
 
@@ -181,7 +185,7 @@ def test_the_writer_waits_for_a_slow_disk(tmp_path):
         time.sleep(0.02)
         written.append(file.name)
 
-    with generate.Writer(limit=3, threads=1) as writer:
+    with Writer(limit=3, threads=1) as writer:
         for i in range(8):
             writer.submit(tmp_path / f"{i}", slow)
             assert i + 1 - len(written) <= 5  # three that wait, one at work, one just done

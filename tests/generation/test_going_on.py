@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from generation_helpers import FORMATS, contents, flags, record, run
@@ -22,19 +23,24 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
 def test_a_run_that_dies_in_a_write_resumes_to_the_same_files(saved, tmp_path, monkeypatch, fmt, renames):
     """Die at the n-th rename, leaving half a file behind: of the record, an image, a shard, the merge."""
     expected = contents(run(saved, tmp_path / "whole", format=fmt))
-    folder, replace, left = tmp_path / "broken", os.replace, [renames]
+    folder, replace, left, halves = tmp_path / "broken", os.replace, [renames], {}
 
     def dying(source, target):
         left[0] -= 1
         if left[0] < 0:
-            os.truncate(source, os.path.getsize(source) // 2)
+            content = source.read_bytes()
+            halves[source] = content[: len(content) // 2]
             raise OSError(errno.EIO, "died")
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.os, "replace", dying)
+        patch.setattr(os, "replace", dying)
         with pytest.raises(SystemExit, match="died"):
             run(saved, folder, format=fmt)
+    for source, half in halves.items():  # what a kill leaves, and an error clears away
+        assert not source.exists()
+        source.parent.mkdir(exist_ok=True)
+        source.write_bytes(half)
     assert contents(folder) != expected
     assert contents(run(saved, folder, format=fmt)) == expected
     assert record(folder)["status"] == "complete"
@@ -115,7 +121,7 @@ def test_the_same_command_with_overwrite_resumes(saved, tmp_path):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_kill_while_overwriting_leaves_a_folder_that_is_ours(saved, tmp_path, monkeypatch, fmt):
     folder = run(saved, tmp_path / "out", format=fmt)
-    unlink = generate.Path.unlink
+    unlink = Path.unlink
 
     def die(path, **options):
         if path.suffix != ".tmp":
@@ -123,7 +129,7 @@ def test_a_kill_while_overwriting_leaves_a_folder_that_is_ours(saved, tmp_path, 
         unlink(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Path, "unlink", die)
+        patch.setattr(Path, "unlink", die)
         with pytest.raises(KeyboardInterrupt):
             run(saved, folder, format=fmt, seed=1, overwrite_output_dir=True)
     assert (record(folder)["status"], record(folder)["settings"]["seed"]) == ("running", 0)

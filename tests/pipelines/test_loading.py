@@ -134,7 +134,7 @@ def test_a_missing_component_is_refused_by_name(folder, part):
         (
             "scheduler/scheduler_config",
             {"trained_betas": [0.1]},
-            "trained_betas has 1 values, and num_train_timesteps is 20",
+            "has 1 values, and num_train_timesteps is 20",
         ),
         ("scheduler/scheduler_config", {"steps_offset": "a"}, "steps_offset='a' must be"),
         ("scheduler/scheduler_config", {"steps_offset": -1}, "steps_offset=-1 must be"),
