@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DTYPES
+from generation.options import DTYPES
 from images import open_images
 from pipelines import UnconditionalPipeline, choose_kernels, to_pil
 from recipes import one_line_errors, parse_options

@@ -39,7 +39,7 @@ SAVING = (
     ("torch", "save", 8),
     ("shutil", "rmtree", 6),
 )
-WRITING_IMAGES = (("os", "replace", 13), ("generate", "write_record", 2), ("generate", "finish_folder", 1))
+WRITING_IMAGES = (("os", "replace", 13), ("generation.folder", "write_record", 2), ("generate", "finish_folder", 1))
 
 
 def cases(drill):

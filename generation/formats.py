@@ -1,4 +1,4 @@
-"""How generated images become files: PNGs, parquet shards or one .npz, each complete whenever it exists.
+"""The formats of generated images: PNGs, parquet shards or one .npz.
 
 A format knows which files hold which images, so that a run that was killed can tell what is still missing.
 """
@@ -6,73 +6,33 @@ A format knows which files hold which images, so that a run that was killed can 
 import io
 import os
 import re
-import shutil
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.unconditional import to_pil
-
-Write = Callable[[BinaryIO], Any]
-
-
-def write_atomically(path: Path, write: Write) -> None:
-    """Let `write` fill a temporary file, then rename it: `path` is complete whenever it exists."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # what a killed run has left; a link there must not be written through
-        with open(temporary, "xb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
-        hint = f"{free:,.1f} MB are free; finished images are kept, the same command goes on"
-        raise OSError(f"cannot write {path}: {error}; {hint}") from error
+from generation.writing import Write, write_atomically
+from pipelines import to_pil
 
 
-class Writer:
-    """Writes files on threads while the next batch is sampled; the first error ends the run.
+class GeneratedFiles:
+    """The images of a run, in `output_dir`/images, block by block; a block is one batch's range of indices.
 
-    At most `limit` files wait (of two blocks, say), so that a slow disk slows the sampling down rather than
-    filling the memory.
+    Attributes:
+        folder: `output_dir`/images.
+        merged: one file of all images, beside that folder; None where a format has none.
+        blocks: ranges of indices, which together are 0 .. num_images - 1.
     """
 
-    def __init__(self, limit: int, threads: int = 4):
-        self.pool, self.limit = ThreadPoolExecutor(threads), limit
-        self.waiting: deque[Future] = deque()
+    merged: Path | None = None
 
-    def submit(self, path: Path, write: Write) -> None:
-        while self.waiting and (self.waiting[0].done() or len(self.waiting) >= self.limit):
-            self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(write_atomically, path, write))
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            for future in self.waiting:
-                future.result()
-
-
-# Formats
-
-
-class ImageFiles:
-    """The images of a run, in `folder`/images, block by block; a block is one batch's range of indices."""
-
-    merged: Path | None = None  # one file of all images, beside that folder
-
-    def __init__(self, folder: Path, num_images: int, batch_size: int):
-        self.folder, self.batch_size = folder / "images", batch_size
+    def __init__(self, output_dir: Path, num_images: int, batch_size: int):
+        self.output_dir, self.num_images, self.batch_size = output_dir, num_images, batch_size
+        self.folder = output_dir / "images"
         starts = range(0, num_images, batch_size)
         self.blocks = [range(start, min(start + batch_size, num_images)) for start in starts]
 
@@ -89,6 +49,7 @@ class ImageFiles:
         raise NotImplementedError
 
     def missing(self) -> list[range]:
+        """The blocks of which a file is not there yet."""
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         return [block for block in self.blocks if not present.issuperset(self.names(block))]
 
@@ -103,26 +64,26 @@ class ImageFiles:
         """Called once, when no block is missing."""
 
 
-class PngFiles(ImageFiles):
+class PngFiles(GeneratedFiles):
     """000000.png, 000001.png, ..."""
 
-    def names(self, block):
+    def names(self, block: range) -> list[str]:
         return [f"{i:06d}.png" for i in block]
 
-    def parts(self, block, images):
+    def parts(self, block: range, images: torch.Tensor) -> Iterator[tuple[Path, Write]]:
         for name, image in zip(self.names(block), images, strict=True):
             yield self.folder / name, lambda file, image=image: to_pil(image).save(file, format="PNG")
 
-    def read(self, count):
+    def read(self, count: int) -> torch.Tensor:
         return torch.stack([read_picture(self.folder / name) for name in self.names(range(count))])
 
 
-class Shards(ImageFiles):
+class Shards(GeneratedFiles):
     """One file a block, named by its first and last image: 000000-000255.npz, ..."""
 
     suffix: str
 
-    def names(self, block):
+    def names(self, block: range) -> list[str]:
         return [self.shard(block).name]
 
     def shard(self, block: range) -> Path:
@@ -134,7 +95,7 @@ class ParquetShards(Shards):
 
     suffix = "parquet"
 
-    def parts(self, block, images):
+    def parts(self, block: range, images: torch.Tensor) -> Iterator[tuple[Path, Write]]:
         import datasets  # slow to import, and only needed here
 
         datasets.disable_progress_bars()
@@ -146,7 +107,7 @@ class ParquetShards(Shards):
 
         yield self.shard(block), write
 
-    def read(self, count):
+    def read(self, count: int) -> torch.Tensor:
         from pyarrow.parquet import read_table
 
         blocks = [block for block in self.blocks if block.start < count]
@@ -155,29 +116,29 @@ class ParquetShards(Shards):
 
 
 class NpzShards(Shards):
-    """Shards that end up in `folder`/images.npz: key arr_0, uint8 [N, H, W, C], as ADM's evaluator reads it."""
+    """Shards that end up in `output_dir`/images.npz: key arr_0, uint8 [N, H, W, C], as ADM's evaluator reads it."""
 
     suffix = "npz"
 
-    def __init__(self, folder, num_images, batch_size):
-        super().__init__(folder, num_images, batch_size)
-        self.merged = folder / "images.npz"
+    def __init__(self, output_dir: Path, num_images: int, batch_size: int):
+        super().__init__(output_dir, num_images, batch_size)
+        self.merged = output_dir / "images.npz"
 
-    def parts(self, block, images):
+    def parts(self, block: range, images: torch.Tensor) -> Iterator[tuple[Path, Write]]:
         array = images.permute(0, 2, 3, 1).contiguous().numpy()
         yield self.shard(block), lambda file: np.savez(file, array)
 
-    def read(self, count):
+    def read(self, count: int) -> torch.Tensor:
         return torch.from_numpy(read_npz(self.merged)[:count]).permute(0, 3, 1, 2)
 
-    def missing(self):
+    def missing(self) -> list[range]:
         merged = self.num_merged()
         return [block for block in super().missing() if block.stop > merged]
 
-    def finish(self):
+    def finish(self) -> None:
         """Copy the shards into images.npz, after the whole blocks it already has, and delete them."""
         merged = self.num_merged()
-        if merged < self.blocks[-1].stop:
+        if merged < self.num_images:
             write_atomically(self.merged, lambda file: self.merge(file, merged))
         for block in self.blocks:
             self.shard(block).unlink(missing_ok=True)
@@ -189,10 +150,10 @@ class NpzShards(Shards):
         old = read_npz(self.merged) if merged else None
         with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as out:
             for block in self.blocks:
-                whole = block.stop <= merged
-                rows = old[block.start : block.stop] if whole else read_npz(self.shard(block))
+                is_merged = block.stop <= merged
+                rows = old[block.start : block.stop] if is_merged else read_npz(self.shard(block))
                 if block.start == 0:
-                    shape = (self.blocks[-1].stop, *rows.shape[1:])
+                    shape = (self.num_images, *rows.shape[1:])
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(out, header)
                 out.write(rows.tobytes())
@@ -210,6 +171,7 @@ FORMATS = {"png": PngFiles, "npz": NpzShards, "parquet": ParquetShards}
 
 
 def read_npz(path: Path) -> np.ndarray:
+    """uint8 [N, H, W, C]."""
     with np.load(path) as arrays:
         return arrays["arr_0"]
 
