@@ -24,10 +24,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from accelerate import PartialState
 from diffusers import DDPMPipeline
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from images import check_output_outside_data
+from progress import progress_bar
 from recipes import JsonDict, expand_home, one_line_errors
 from samplers import METHODS
 from train_adaptive_ddpm import command_line
@@ -132,7 +132,9 @@ def compare(options, training_options, training_flags):
 
     runs = [(method, seed) for seed in options.seeds for method in options.methods]
     total = len(runs) * options.max_train_seconds
-    progress = tqdm(total=total, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]")
+    progress = progress_bar(
+        total=total, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]"
+    )
     before = 0.0
     for run in results["runs"].values():
         run.pop("failed", None)  # what failed may have been a full disk: it is tried again

@@ -33,11 +33,11 @@ import torch
 import torch_fidelity
 import torchvision
 import transformers
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from feature_extractors import INCEPTION, INCEPTION_SHA256, load_extractor
 from images import open_images
+from progress import progress_bar
 from recipes import one_line_errors, parse_options
 from training.folder_lock import folder_lock
 from training.saving import read_json, write_json
@@ -209,7 +209,7 @@ def calculate(images1, images2, extractor, options):
     }
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
-    bar = tqdm(total=len(images1) + len(images2), unit="image", desc="Extracting features")
+    bar = progress_bar(total=len(images1) + len(images2), unit="image", desc="Extracting features")
     with bar, name_batch_size(options):
         values = torch_fidelity.calculate_metrics(
             input1=FidelityImages(images1, bar, before=0),
@@ -294,7 +294,7 @@ def read_images(images, num_images=None, seed=0):
         return images.decode_all()
     order = np.random.RandomState(seed).permutation(len(images)).tolist()
     readable = (image for image, bad in map(images.image_or_next, order) if not bad)
-    subset = tqdm(islice(readable, num_images), total=num_images, desc=f"Decoding {images.name}", unit="image")
+    subset = progress_bar(islice(readable, num_images), total=num_images, desc=f"Decoding {images.name}", unit="image")
     return torch.stack(list(subset))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+
+from progress import progress_bar
 
 from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image, load_image
 from .look import Look, note_on_sizes, range_of_sizes
@@ -302,7 +303,7 @@ class ImageDataset(torch.utils.data.Dataset):
                     bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
             return len(entries), found
 
-        bar = tqdm(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
+        bar = progress_bar(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
         pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8))
         with bar, pool:
             try:
