@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import training.step as training_step
-from feature_extractors import load_extractor
 from images import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
+from scoring.feature_extractors import load_extractor
 from training.ema import WeightAverage
 from training.models import epsilon_errors, epsilon_scale_of
 

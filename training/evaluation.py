@@ -1,8 +1,8 @@
 """The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
 
-from feature_extractors import make_frechet_metric
 from images import training_batches
 from pipelines import UnconditionalPipeline
+from scoring.frechet_metric import make_frechet_metric
 
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
 
