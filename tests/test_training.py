@@ -16,10 +16,10 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from feature_extractors import load_extractor
 from images import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
+from scoring.feature_extractors import load_extractor
 from training.denoiser import Denoiser
 from training.ema import WeightAverage
 

@@ -6,9 +6,9 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMPipeline
 
-from feature_extractors import make_frechet_metric
 from images import ImageDataset, training_batches
 from pipelines import UnconditionalPipeline
+from scoring.frechet_metric import make_frechet_metric
 
 from .clock import PhaseClock
 from .options import ScoreOptions, TrainingOptions

@@ -7,9 +7,9 @@ import torch
 import transformers
 from scoring_helpers import TINY_VIT, noise, save_model, tiny_vit
 
-import feature_extractors
-from feature_extractors import load_extractor, make_frechet_metric
 from images import open_images
+from scoring.feature_extractors import load_extractor
+from scoring.frechet_metric import FeatureVectors, make_frechet_metric
 
 pytest_plugins = ["scoring_fixtures"]
 
@@ -31,7 +31,7 @@ def test_features_are_pooled_as_the_model_was_trained(tmp_path):
         assert extractor.num_features == 8
         with torch.no_grad():
             by_hand = pool(model((images / 255 - 0.5) / 0.5)).double()
-        features = feature_extractors.FeatureVectors(extractor)(images)
+        features = FeatureVectors(extractor)(images)
         torch.testing.assert_close(features, by_hand, rtol=1e-4, atol=1e-5)
 
 

@@ -15,23 +15,17 @@ from scoring_helpers import noise, save_npz, save_pngs
 from torch_fidelity import FeatureExtractorBase
 
 import evaluate
-import feature_extractors
-from evaluate import EvaluationOptions, calculate
-from feature_extractors import Extractor
 from images import open_images
+from scoring import feature_extractors, report
+from scoring.feature_extractors import Extractor
+from scoring.fidelity import calculate
+from scoring.options import EvaluationOptions
 
 pytest_plugins = ["scoring_fixtures"]
 
 
-class RegNetByHand(FeatureExtractorBase):
-    """The shared RegNet, without any code of ours."""
-
-    def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
-        super().__init__(name, features_list)
-        self.model = transformers.AutoModel.from_pretrained(feature_extractor_weights_path)
-
-    def forward(self, images):
-        return (self.model((images / 255 - 0.5) / 0.5).pooler_output.flatten(1).double(),)
+class OneLayer(FeatureExtractorBase):
+    """What torch-fidelity asks of an extractor that has one layer of features."""
 
     @staticmethod
     def get_provided_features_list():
@@ -44,6 +38,17 @@ class RegNetByHand(FeatureExtractorBase):
     @staticmethod
     def can_be_compiled():
         return False
+
+
+class RegNetByHand(OneLayer):
+    """The shared RegNet, without any code of ours."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
+        super().__init__(name, features_list)
+        self.model = transformers.AutoModel.from_pretrained(feature_extractor_weights_path)
+
+    def forward(self, images):
+        return (self.model((images / 255 - 0.5) / 0.5).pooler_output.flatten(1).double(),)
 
 
 torch_fidelity.register_feature_extractor("regnet-by-hand", RegNetByHand)
@@ -104,17 +109,17 @@ def test_a_distance_is_called_fid_with_torch_fidelitys_own_weights_only(random_i
     record = score(*flags)
     assert record["values"].keys() == {"kd", "kd_std"}
     assert "not torch-fidelity's weights" in capsys.readouterr().out
-    for module in (feature_extractors, evaluate):
+    for module in (feature_extractors, report):
         monkeypatch.setattr(module, "INCEPTION_SHA256", record["feature_extractor"]["weights_sha256"])
     assert score(*flags)["values"].keys() == {"kid", "kid_std"}
     assert "not torch-fidelity's weights" not in capsys.readouterr().out
 
 
-class Colours(RegNetByHand):
+class Colours(OneLayer):
     """The features of an image are the three values of its first pixel, in grey levels."""
 
     def __init__(self, name, features_list, **_):
-        FeatureExtractorBase.__init__(self, name, features_list)
+        super().__init__(name, features_list)
 
     def forward(self, images):
         return (images[:, :, 0, 0].double(),)

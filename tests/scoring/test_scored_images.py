@@ -9,10 +9,10 @@ import transformers
 from PIL import Image
 from scoring_helpers import noise, save_model, save_npz, save_pngs, tiny_vit
 
-import evaluate
-from evaluate import EvaluationOptions
-from feature_extractors import TransformersExtractor
 from images import open_images
+from scoring.feature_extractors import TransformersExtractor
+from scoring.inputs import open_input, read_images
+from scoring.options import EvaluationOptions
 
 pytest_plugins = ["scoring_fixtures"]
 
@@ -63,7 +63,7 @@ def test_a_resolution_resizes_every_source_alike(tmp_path):
     flags = {"input2": "digits", "output_dir": "x", "resolution": 8, "image_mode": "L"}
     npz = EvaluationOptions(input1=save_npz(noise(3, 12), tmp_path / "images.npz"), **flags)
     png = EvaluationOptions(input1=str(tmp_path / "png"), **flags)
-    images = [evaluate.open_input(options, 1).decode_all() for options in (npz, png)]
+    images = [open_input(options, 1).decode_all() for options in (npz, png)]
     assert images[0].shape == (3, 1, 8, 8)
     assert torch.equal(*images)
 
@@ -71,9 +71,9 @@ def test_a_resolution_resizes_every_source_alike(tmp_path):
 def test_a_random_subset_depends_on_the_seed_alone(tmp_path):
     save_npz(noise(30), tmp_path / "images.npz")
     images = open_images(str(tmp_path / "images.npz"))
-    subset = evaluate.read_images(images, 10, seed=1)
-    assert torch.equal(subset, evaluate.read_images(images, 10, seed=1))
-    assert not torch.equal(subset, evaluate.read_images(images, 10, seed=2))
+    subset = read_images(images, 10, seed=1)
+    assert torch.equal(subset, read_images(images, 10, seed=1))
+    assert not torch.equal(subset, read_images(images, 10, seed=2))
     assert len({image.numpy().tobytes() for image in subset}) == 10
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from scoring_helpers import noise, save_model, save_npz, save_pngs, tiny_vit
 
 import evaluate
-from evaluate import EvaluationOptions
 from recipes import parse_options
+from scoring.options import EvaluationOptions
 
 pytest_plugins = ["scoring_fixtures"]
 
@@ -23,9 +23,9 @@ pytest_plugins = ["scoring_fixtures"]
         ("--input1 a.npz --input2 digits", "--output_dir is required"),
         ("--metrics fid fdi", "--metrics fdi: must be of fid, kid, isc, prc"),
         ("--feature_extractor x --metrics isc", "--metrics isc: the Inception Score needs --feature_ex"),
-        ("--batch_size 0", "--batch_size 0: must be at least 1"),
-        ("--prc_batch_size 0", "--prc_batch_size 0: must be at least 1"),
-        ("--prc_neighborhood -1", "--prc_neighborhood -1: must be at least 1"),
+        ("--batch_size 0", "--batch_size 0: must be in [1, inf)"),
+        ("--prc_batch_size 0", "--prc_batch_size 0: must be in [1, inf)"),
+        ("--prc_neighborhood -1", "--prc_neighborhood -1: must be in [1, inf)"),
         ("--seed -1", "--seed -1"),
         ("--device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
         ("--device cuda:99", "--device cuda:99: this machine has"),

@@ -1,23 +1,14 @@
 """What turns images into the features whose distributions are compared.
 
-    extractor = load_extractor()                             # Inception, with which the distance is called FID
-    extractor = load_extractor("facebook/dinov2-large")      # any vision model of `transformers`
-    torch_fidelity.calculate_metrics(feature_extractor=extractor.name, ...)
-
-In a training loop, on all processes alike, the real images being seen only once:
-
-    metric = make_frechet_metric("facebook/dinov2-large", device="cuda")
-    for images in real:                                      # uint8 [N, 1 or 3, H, W]
-        metric.update(images, real=True)
-    ...
-    metric.update(generated, real=False)
-    distance = metric.compute()
-    metric.reset()                                           # forgets the generated images only
+extractor = load_extractor()                             # Inception, with which the distance is called FID
+extractor = load_extractor("facebook/dinov2-large")      # any vision model of `transformers`
+torch_fidelity.calculate_metrics(feature_extractor=extractor.name, ...)
 """
 
 import hashlib
 import json
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +19,10 @@ import torch_fidelity.registry
 import transformers
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.utils import create_feature_extractor
-from torchmetrics.image.fid import FrechetInceptionDistance
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from pipelines.weights import hash_weights
 
 INCEPTION = "inception"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the file at URL_INCEPTION_V3
@@ -56,12 +48,12 @@ class Extractor:
     description: dict[str, Any]
 
     @property
-    def is_standard_inception(self):
+    def is_standard_inception(self) -> bool:
         """Whether these are the features with which a Fréchet distance may be called FID."""
         return self.description["weights_sha256"] == INCEPTION_SHA256
 
 
-def load_extractor(name_or_path=INCEPTION, weights=None):
+def load_extractor(name_or_path: str | None = INCEPTION, weights: str | None = None) -> Extractor:
     """Register a feature extractor with torch-fidelity, and return what is known of it, an `Extractor`.
 
     Args:
@@ -78,7 +70,9 @@ def load_extractor(name_or_path=INCEPTION, weights=None):
     return _load_transformers_model(name_or_path)
 
 
-def _register(prefix, extractor_class, identity, **attributes):
+def _register(
+    prefix: str, extractor_class: type[FeatureExtractorBase], identity: list[Any], **attributes: Any
+) -> Extractor:
     """Make an `Extractor` named after the hash of `identity`, and register the class by that name."""
     name = f"{prefix}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]}"
     if name not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
@@ -89,7 +83,7 @@ def _register(prefix, extractor_class, identity, **attributes):
 # ------------------------------------------------------------------------------------------------- Inception
 
 
-def _load_inception(weights):
+def _load_inception(weights: str | None) -> Extractor:
     path = Path(weights).expanduser() if weights else _download_inception_weights()
     if not path.is_file():
         raise ValueError(f"--feature_extractor_weights {path}: no such file")
@@ -121,7 +115,7 @@ def _load_inception(weights):
     )
 
 
-def _download_inception_weights():
+def _download_inception_weights() -> Path:
     """Path of torch-fidelity's weights, in the file where torch-fidelity itself looks for them."""
     path = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
     if not path.exists():
@@ -146,13 +140,15 @@ class TransformersExtractor(FeatureExtractorBase):
     there is none either, the mean of `last_hidden_state`. They are float64 so that all statistics of them are.
     """
 
-    def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_: Any
+    ):
         super().__init__(name, features_list)
         self.processor, self.model, missing = _read_vision_model(feature_extractor_weights_path)
         self.pooling = self._choose_pooling(missing)
 
     @torch.no_grad()
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
         outputs = self._outputs(images)
         if self.pooling == "pooler_output":
             features = outputs.pooler_output.flatten(1)  # convolutional models have [N, d, 1, 1]
@@ -163,13 +159,13 @@ class TransformersExtractor(FeatureExtractorBase):
             features = hidden.mean(dim=(2, 3) if hidden.dim() == 4 else 1)
         return (features.double(),)
 
-    def _outputs(self, images):
+    def _outputs(self, images: torch.Tensor) -> ModelOutput:
         pixels = self.processor(images=images, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
         pixels = pixels.to(images.device, memory_format=torch.channels_last)  # twice as fast on a CPU
         return self.model(pixel_values=pixels)
 
     @torch.no_grad()
-    def _choose_pooling(self, missing):
+    def _choose_pooling(self, missing: Iterable[str]) -> str:
         outputs = self._outputs(_example_images())
         has_trained_pooler = not any("pooler" in key for key in missing)
         if outputs.get("pooler_output") is not None and has_trained_pooler:
@@ -179,19 +175,19 @@ class TransformersExtractor(FeatureExtractorBase):
         return "mean of last_hidden_state"
 
     @staticmethod
-    def get_provided_features_list():
+    def get_provided_features_list() -> tuple[str]:
         return ("features",)
 
     @staticmethod
-    def get_default_feature_layer_for_metric(metric):
+    def get_default_feature_layer_for_metric(metric: str) -> str:
         return "features"
 
     @staticmethod
-    def can_be_compiled():
+    def can_be_compiled() -> bool:
         return False
 
 
-def _read_vision_model(name_or_path):
+def _read_vision_model(name_or_path: str) -> tuple[Any, PreTrainedModel, Iterable[str]]:
     """Read a model and its preprocessing: (processor, model in float32, names of the weights it came without)."""
     try:
         processor = AutoImageProcessor.from_pretrained(name_or_path)
@@ -210,7 +206,7 @@ def _read_vision_model(name_or_path):
     return processor, model.eval().to(memory_format=torch.channels_last), loading["missing_keys"]
 
 
-def _load_transformers_model(name_or_path):
+def _load_transformers_model(name_or_path: str) -> Extractor:
     try:
         extractor = TransformersExtractor("check", ["features"], name_or_path).eval()
         features, again = (extractor(_example_images())[0] for _ in range(2))
@@ -226,7 +222,7 @@ def _load_transformers_model(name_or_path):
         "features": extractor.pooling,
         "num_features": features.shape[1],
         "preprocessing": json.loads(extractor.processor.to_json_string()),
-        "weights_sha256": _hash_of_weights(extractor.model),
+        "weights_sha256": hash_weights(extractor.model),
     }
     identity = [*(description[key] for key in ("class", "features", "preprocessing", "weights_sha256"))]
     identity += [config.to_json_string() if config else None, transformers.__version__]
@@ -241,60 +237,6 @@ def _load_transformers_model(name_or_path):
     )
 
 
-def _example_images():
+def _example_images() -> torch.Tensor:
     """Two images of noise, uint8 [2, 3, 64, 64], to try an extractor on."""
     return torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-
-
-def _hash_of_weights(module):
-    """SHA-256 of a module's parameters and buffers and of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------- in the training loop
-
-
-class FeatureVectors(torch.nn.Module):
-    """uint8 [N, 1 or 3, H, W] -> [N, d]: an extractor as torchmetrics calls it. Grey images are made RGB.
-
-    It stays in evaluation mode and in full precision, whatever the loop around it does."""
-
-    def __init__(self, extractor):
-        super().__init__()
-        self.num_features = extractor.num_features
-        self.score_name = "fid" if extractor.is_standard_inception else "fd"  # of a Fréchet distance with them
-        self.extractor = create_feature_extractor(
-            extractor.name,
-            [extractor.layer],
-            cuda=False,
-            verbose=False,
-            feature_extractor_weights_path=extractor.weights_path,
-        )
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, enabled=False):
-            return self.extractor(images.expand(-1, 3, -1, -1))[0]
-
-    def train(self, mode=True):
-        return super().train(False)
-
-
-def make_frechet_metric(name_or_path=None, weights=None, device="cpu"):
-    """Make torchmetrics' Fréchet distance with one of our extractors, for use while training.
-
-    `update` takes uint8 [N, 1 or 3, H, W] on `device`; `compute` gathers the sums of all processes; `reset` keeps
-    the real images' statistics, so they need to be computed only once. It gives what evaluate.py gives.
-
-    Args:
-        name_or_path, weights: see `load_extractor`; None for Inception.
-        device: where the images will be.
-
-    Raises:
-        ValueError: see `load_extractor`.
-    """
-    features = FeatureVectors(load_extractor(name_or_path, weights))
-    return FrechetInceptionDistance(feature=features, reset_real_features=False).to(device)
