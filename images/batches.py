@@ -73,6 +73,7 @@ def training_batches(
     placement: str = "auto",
     num_workers: int = 0,
     show_progress: bool = True,
+    labels: torch.Tensor | None = None,
 ) -> "ImageBatches":
     """Iterate endlessly over batches, uint8 [batch_size, C, H, W] on `device`, in the order of `image_order`.
 
@@ -91,6 +92,7 @@ def training_batches(
             to spare ("device" if it is a GPU).
         num_workers: "stream": processes that decode, 0 for none but this; else: see `decode_all`.
         show_progress: draw a progress bar while all images are decoded.
+        labels: int64 [N], one for each image of the dataset; a batch is then (images, labels [batch_size]).
 
     Returns:
         An `ImageBatches` iterator. As to skipped images, "device" and "memory" know them from the start, and
@@ -106,19 +108,34 @@ def training_batches(
     share = {"seed": seed, "first_image": first_image, "rank": rank, "world_size": world_size}
     order = functools.partial(_batches_of_indices, batch_size=batch_size, **share)
     if placement == "stream":
-        batches = _stream(dataset, order(len(dataset)), num_workers, device)
+        batches = _stream(dataset, order(len(dataset)), num_workers, device, labels)
         return ImageBatches(dataset, batches, placement, len(dataset))
-    images = dataset.decode_all(num_workers, show_progress)
-    if placement == "device":
-        images = images.to(device)
-        batches = (images.index_select(0, indices) for indices in order(len(images), device=device))
-    else:  # index_select, because images[indices] copies byte by byte on a CPU: 10 to 100 times slower
-        batches = (_to_device(images.index_select(0, indices), device) for indices in order(len(images)))
-    return ImageBatches(dataset, batches, placement, len(images))
+    columns = [dataset.decode_all(num_workers, show_progress)]
+    num_images = len(columns[0])
+    if labels is not None:
+        columns.append(_without(labels, dataset.bad_images))
+    order_device = device if placement == "device" else torch.device("cpu")
+    columns = [column.to(order_device) for column in columns]
+    batches = (_take(columns, indices, device) for indices in order(num_images, device=order_device))
+    return ImageBatches(dataset, batches, placement, num_images)
+
+
+def _take(columns: list[torch.Tensor], indices: torch.Tensor, device: torch.device) -> torch.Tensor | tuple:
+    """The rows `indices` of each column, on `device`; without a tuple where there is but one."""
+    # index_select, because images[indices] copies byte by byte on a CPU: 10 to 100 times slower
+    taken = tuple(_to_device(column.index_select(0, indices), device) for column in columns)
+    return taken if len(taken) > 1 else taken[0]
+
+
+def _without(labels: torch.Tensor, bad: list[int]) -> torch.Tensor:
+    """The labels of the images that could be decoded."""
+    is_good = torch.ones(len(labels), dtype=torch.bool)
+    is_good[bad] = False
+    return labels[is_good]
 
 
 class ImageBatches:
-    """Endless iterator over uint8 batches [batch_size, C, H, W]; made by `training_batches`.
+    """Endless iterator over uint8 batches [batch_size, C, H, W], or these and their labels; by `training_batches`.
 
     Attributes:
         placement: "device", "memory" or "stream": what "auto" chose.
@@ -135,10 +152,10 @@ class ImageBatches:
     def __iter__(self) -> "ImageBatches":
         return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return next(self._batches)
 
-    def peek(self) -> torch.Tensor:
+    def peek(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The batch that comes next: a streamed one shows what is wrong with the data before a run begins."""
         batch = next(self._batches)
         self._batches = itertools.chain([batch], self._batches)
@@ -170,7 +187,8 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _InWorkers(torch.utils.data.Dataset):
-    """(image, bad indices passed over, None), or (None, [], error): the main process hears what a worker met.
+    """(image, its index, bad indices passed over, None), or (None, 0, [], error): the main process hears what a worker
+    met.
 
     An error that a worker raised would reach the main process as a traceback in the text of another.
     """
@@ -180,15 +198,17 @@ class _InWorkers(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         try:
-            return *self.dataset.image_or_next(index), None
+            image, bad = self.dataset.image_or_next(index)
+            return image, (index + len(bad)) % len(self.dataset), bad, None
         except (ImageError, OSError) as error:
-            return None, [], error
+            return None, 0, [], error
 
 
 def _collate(examples: list[tuple]) -> tuple:
-    images, bad, errors = zip(*examples, strict=True)
+    images, indices, bad, errors = zip(*examples, strict=True)
     first_error = next((error for error in errors if error is not None), None)
-    return None if first_error else torch.stack(images), [i for indices in bad for i in indices], first_error
+    images = None if first_error else torch.stack(images)
+    return images, torch.tensor(indices), [i for passed_over in bad for i in passed_over], first_error
 
 
 def _named_deaths(loader: Iterable) -> Iterator:
@@ -200,9 +220,13 @@ def _named_deaths(loader: Iterable) -> Iterator:
 
 
 def _stream(
-    dataset: ImageDataset, index_batches: Iterator[torch.Tensor], num_workers: int, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Endlessly yield uint8 batches [B, C, H, W] that a DataLoader decodes as `index_batches` says."""
+    dataset: ImageDataset,
+    index_batches: Iterator[torch.Tensor],
+    num_workers: int,
+    device: torch.device,
+    labels: torch.Tensor | None,
+) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+    """Endlessly yield uint8 batches [B, C, H, W], and labels, that a DataLoader decodes as `index_batches` says."""
     loader = torch.utils.data.DataLoader(
         _InWorkers(dataset),
         batch_sampler=(indices.tolist() for indices in index_batches),  # never ends, so the workers persist
@@ -211,8 +235,9 @@ def _stream(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: a DataLoader would draw from the run's global generator
     )
-    for images, bad, error in _named_deaths(loader):
+    for images, indices, bad, error in _named_deaths(loader):
         dataset.note_bad_images(bad)
         if error is not None:
             raise error
-        yield _to_device(images, device)
+        images = _to_device(images, device)
+        yield images if labels is None else (images, _to_device(labels[indices], device))

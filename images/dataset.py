@@ -38,6 +38,7 @@ def open_images(
     split: str = "train",
     cache_dir: str | None = None,
     image_column: str | None = None,
+    label_column: str | None = None,
     resolution: int | None = None,
     image_mode: str = "auto",
     on_bad_image: str = "error",
@@ -55,6 +56,7 @@ def open_images(
         split: which split; or a slice such as "train[:1000]" or "train[10%:20%]".
         cache_dir: where `datasets` keeps its files; None for its default.
         image_column: name of the image column; None finds it by its type.
+        label_column: name of the column of labels; None finds it by its type, ClassLabel, if there is one only.
         resolution: side in pixels; other sizes are resized (bicubic) and centre-cropped. None takes the size
             of the first image, which must be square.
         image_mode: "L" (1 channel), "RGB" (3 channels), or "auto": "L" if a sample of images spread over
@@ -74,8 +76,14 @@ def open_images(
         raise ValueError(f"--resolution {resolution} is not a positive number of pixels")
     if white_level is not None and not 0 < white_level < float("inf"):
         raise ValueError(f"--white_level {white_level} is not a positive number")
-    options = {"config_name": dataset_config_name, "cache_dir": cache_dir, "image_column": image_column}
-    source = open_source(dataset_name, split=split, **options)
+    source = open_source(
+        dataset_name,
+        config_name=dataset_config_name,
+        split=split,
+        cache_dir=cache_dir,
+        image_column=image_column,
+        label_column=label_column,
+    )
     look = Look(source.images)
     white_levels = look.white_levels(white_level)
     dataset = ImageDataset(
@@ -133,6 +141,7 @@ class ImageDataset(torch.utils.data.Dataset):
         resolution: side in pixels.
         nbytes: size of all its images as uint8.
         bad_images: sorted indices of the images skipped so far because they cannot be decoded.
+        classes: names of the classes; None without labels.
     """
 
     def __init__(
@@ -180,6 +189,31 @@ class ImageDataset(torch.utils.data.Dataset):
     @property
     def bad_images(self) -> list[int]:
         return sorted(self._bad)
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self._source.classes
+
+    def labels(self) -> torch.Tensor:
+        """int64 [N] of all its images, as indices into `classes`.
+
+        Raises:
+            ValueError: they have none, or some of them, or a class has no image; naming the flag.
+        """
+        source = self._source
+        if source.classes is None:
+            several = f"has label columns {source.label_columns}: choose one by --label_column"
+            none = "has no labels: neither a column of them (--label_column names it) nor a folder for each class"
+            raise ValueError(f"--dataset_name {self.name} {several if source.label_columns else none}")
+        if source.empty_classes:
+            raise ValueError(
+                f"--dataset_name {self.name}: no image of class {source.empty_classes[0]}: its folder is empty"
+            )
+        labels = torch.from_numpy(source.read_labels())
+        if len(labels) and labels.min() < 0:
+            unlabelled = int((labels < 0).nonzero()[0])
+            raise ValueError(f"--dataset_name {self.name}: image {unlabelled} has no label")
+        return labels
 
     # A part of it
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -12,6 +13,15 @@ from .folders import Listing, has_only_archives, list_folder
 from .metadata import apply_metadata
 from .records import GRID, TRAINING_RECORD, check_finished, images_of, read_record
 from .splits import ImageFiles, files_of_split, find_splits, slice_ranges
+
+NPZ_LABELS = "arr_1"
+
+
+class Columns(NamedTuple):
+    """The columns that the user has chosen; None is found by its type."""
+
+    image: str | None
+    label: str | None
 
 
 @dataclass
@@ -23,6 +33,11 @@ class Source:
         images: what `decode_image` takes, one by one or as slices.
         rows: the images, and for class folders the column `label`, as of `datasets`' imagefolder; None for an .npz.
         column: of `rows`, where the images are.
+        classes: their names; None where the images have no labels, or several that nobody chose from.
+        label_column: of `rows`, where the labels are.
+        label_columns: all that are labels by their type.
+        label_array: int64 [N], of an .npz.
+        empty_classes: folders at the level of the classes that hold no image.
         files: how many files were looked at; None if they are not images.
         left_out: {why: how many}.
         notes: what a person should be told.
@@ -33,6 +48,10 @@ class Source:
     rows: datasets.Dataset | None = None
     column: str | None = None
     classes: list[str] | None = None
+    label_column: str | None = None
+    label_columns: list[str] = field(default_factory=list)
+    label_array: np.ndarray | None = None
+    empty_classes: list[str] = field(default_factory=list)
     files: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -41,9 +60,16 @@ class Source:
         """The images at these indices; the others are counted as left out."""
         left_out = {**self.left_out, why_not_the_others: len(self.images) - len(indices)}
         if self.rows is None:
-            return replace(self, images=self.images[list(indices)], left_out=left_out)
+            labels = None if self.label_array is None else self.label_array[list(indices)]
+            return replace(self, images=self.images[list(indices)], label_array=labels, left_out=left_out)
         rows = self.rows.select(indices)
         return replace(self, images=rows[self.column], rows=rows, left_out=left_out)
+
+    def read_labels(self) -> np.ndarray | None:
+        """int64 [N], indices into `classes`; -1 is none, as in `datasets`. None where there are no labels at all."""
+        if self.label_column is None:
+            return self.label_array
+        return encode(self.rows, self.label_column, self.classes)
 
 
 def open_source(
@@ -53,31 +79,32 @@ def open_source(
     split: str = "train",
     cache_dir: str | None = None,
     image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """Find what a name means, and open one split of it, or a slice of one.
 
     Raises:
-        ValueError: naming the flag, if there is no such source, split or image column.
+        ValueError: naming the flag, if there is no such source, split, image column or label column.
     """
-    path = Path(name).expanduser()
+    path, columns = Path(name).expanduser(), Columns(image_column, label_column)
     if name == "digits":
-        source = _from_rows(name, _select_rows(name, {"train": _digits()}, split), image_column)
+        source = _from_rows(name, _select_rows(name, {"train": _digits()}, split), columns)
         if path.is_dir():
             source.notes.append("the data set built into scikit-learn is used; ./digits means the folder of that name")
         return source
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        return _from_npz(name, path, split)
+        return _from_npz(name, path, split, columns)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _from_rows(name, _saved_rows(name, path, split), image_column)
+        return _from_rows(name, _saved_rows(name, path, split), columns)
     if path.is_dir():
-        return _from_folder(name, path, config_name, split, cache_dir, image_column)
-    return _from_datasets(name, path, config_name, split, cache_dir, image_column)
+        return _from_folder(name, path, config_name, split, cache_dir, columns)
+    return _from_datasets(name, path, config_name, split, cache_dir, columns)
 
 
 # --------------------------------------------------------------------------------------------------- folders
 
 
-def _from_folder(name, path, config_name, split, cache_dir, image_column) -> Source:
+def _from_folder(name, path, config_name, split, cache_dir, columns) -> Source:
     """A local folder of images, of ours, or of files that `datasets` reads."""
     if (path / TRAINING_RECORD).is_file():
         raise ValueError(
@@ -86,12 +113,12 @@ def _from_folder(name, path, config_name, split, cache_dir, image_column) -> Sou
         )
     record = read_record(path)
     if record:
-        return _from_generated(name, path, record, split, cache_dir, image_column)
+        return _from_generated(name, path, record, split, cache_dir, columns)
     listing = list_folder(path)
     if has_only_archives(listing):
         raise ValueError(f"--dataset_name {name} holds archives only ({_kinds(listing)}): unpack them")
     if not listing.images:
-        return _from_datasets(name, path, config_name, split, cache_dir, image_column)
+        return _from_datasets(name, path, config_name, split, cache_dir, columns)
     if listing.data_files:
         raise ValueError(
             f"--dataset_name {name} holds images ({listing.images[0]}) and data files ({listing.data_files[0]}): "
@@ -99,25 +126,25 @@ def _from_folder(name, path, config_name, split, cache_dir, image_column) -> Sou
         )
     if config_name is not None:
         raise ValueError(f"--dataset_config_name {config_name}: a folder of images has no configurations")
-    return _from_image_files(name, path, listing, split, image_column)
+    return _from_image_files(name, path, listing, split, columns)
 
 
-def _from_generated(name, path, record, split, cache_dir, image_column) -> Source:
+def _from_generated(name, path, record, split, cache_dir, columns) -> Source:
     """A folder of generate.py: its images, of which all must be there, without the grid."""
     images = images_of(path, record)
     if images.suffix == ".npz":
-        source = _from_npz(name, images, split)
+        source = _from_npz(name, images, split, columns)
     elif record["settings"]["format"] == "parquet":
-        source = _from_datasets(name, images, None, split, cache_dir, image_column)
+        source = _from_datasets(name, images, None, split, cache_dir, columns)
     else:
-        source = _from_image_files(name, images, list_folder(images), split, image_column)
+        source = _from_image_files(name, images, list_folder(images), split, columns)
     source.notes.append(f"a folder of generate.py: its images, and not its {GRID}")
     if record["status"] != "complete" or split == "train":
         check_finished(path, record, len(source.images))
     return source
 
 
-def _from_image_files(name, root: Path, listing: Listing, split, image_column) -> Source:
+def _from_image_files(name, root: Path, listing: Listing, split, columns) -> Source:
     """The images of a listing, by its metadata, splits and classes."""
     num_metadata = len(listing.metadata)
     files = len(listing.images) + sum(n for why, n in listing.left_out.items() if "folder" not in why)
@@ -128,11 +155,11 @@ def _from_image_files(name, root: Path, listing: Listing, split, image_column) -
     ranges = slice_ranges(name, split, {each: len(found.paths) for each, found in splits.items()})
     chosen = _choose(splits, ranges)
     _count_unchosen(listing, paths, splits, ranges, split)
-    _note_empty_folders(listing, chosen, prefixes, ranges)
+    empty_classes = _note_empty_folders(listing, chosen, prefixes, ranges)
     if not chosen.paths:
         raise ValueError(f"--dataset_name {name}: the split {split!r} holds no images, of {len(paths)}")
-    source = _from_rows(name, _image_file_rows(root, chosen), image_column)
-    source.classes, source.files = chosen.classes, files
+    source = _from_rows(name, _image_file_rows(root, chosen), columns)
+    source.files, source.empty_classes = files, empty_classes
     source.left_out, source.notes = dict(listing.left_out), listing.notes
     return source
 
@@ -163,15 +190,16 @@ def _count_unchosen(listing, paths, splits, ranges, split) -> None:
         listing.left_out[f"image outside {split}"] += outside
 
 
-def _note_empty_folders(listing, chosen: ImageFiles, prefixes, ranges) -> None:
-    """Say which folders at the level of the classes hold no image: people count classes by folders."""
+def _note_empty_folders(listing, chosen: ImageFiles, prefixes, ranges) -> list[str]:
+    """The folders at the level of the classes that hold no image; it is noted, as people count classes by folders."""
     if chosen.classes is None:
-        return
+        return []
     level = {prefix for split, _ in ranges for prefix in prefixes[split]}
     names = {folder[len(p) :] for folder in listing.folders for p in level if folder.startswith(p)}
     empty = sorted(name for name in names if name and "/" not in name and name not in chosen.classes)
     if empty:
         listing.notes.append(f"no class for {', '.join(empty[:10])}: no image in a folder of that name")
+    return empty
 
 
 def _image_file_rows(root: Path, files: ImageFiles) -> datasets.Dataset:
@@ -192,30 +220,44 @@ def _kinds(listing: Listing) -> str:
 
 
 def _digits() -> datasets.Dataset:
-    """scikit-learn's 1797 handwritten digits, 8x8. They come with scikit-learn."""
+    """scikit-learn's 1797 handwritten digits, 8x8, and which they are. They come with scikit-learn."""
     from sklearn.datasets import load_digits
 
-    pixels = np.rint(load_digits().images * 255 / 16).astype(np.uint8)  # grey levels 0..16
-    features = datasets.Features({"image": datasets.Image()})
-    return datasets.Dataset.from_dict({"image": list(pixels)}, features=features)
+    digits = load_digits()
+    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)  # grey levels 0..16
+    label = datasets.ClassLabel(names=[str(digit) for digit in digits.target_names])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    return datasets.Dataset.from_dict({"image": list(pixels), "label": digits.target}, features=features)
 
 
-def _from_npz(name: str, path: Path, split: str) -> Source:
-    """The first array of an .npz file, `arr_0`: uint8 [N, H, W, 1 or 3], as ADM's evaluator has it."""
+def _from_npz(name: str, path: Path, split: str, columns: Columns) -> Source:
+    """The arrays of an .npz file, `arr_0`: uint8 [N, H, W, 1 or 3], and, if it is there, `arr_1`: the labels [N]; as
+    ADM's evaluator has them."""
     if not path.is_file():
         raise ValueError(f"--dataset_name: {path}: no such file")
     try:
         with np.load(path) as arrays:
-            pixels = arrays["arr_0"]
+            pixels, labels = arrays["arr_0"], arrays.get(NPZ_LABELS)
     except Exception as error:  # of zip, of NumPy's format, or no such key
         raise ValueError(f"--dataset_name: {path} has no readable array arr_0: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
         raise ValueError(
             f"--dataset_name: {path}: arr_0 must be uint8 [N, H, W, 1 or 3], not {pixels.dtype} {list(pixels.shape)}"
         )
-    ranges = slice_ranges(name, split, {"train": len(pixels)})
-    parts = [pixels[rows.start : rows.stop] for _, rows in ranges]
-    return Source(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
+    if columns.label not in (None, NPZ_LABELS):
+        raise ValueError(f"--label_column {columns.label}: the labels in an .npz are {NPZ_LABELS}")
+    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise ValueError(
+            f"--dataset_name: {path}: {NPZ_LABELS} must be whole numbers [{len(pixels)}] from 0 on, the labels, not "
+            f"{labels.dtype} {list(labels.shape)}"
+        )
+    parts = [slice(rows.start, rows.stop) for _, rows in slice_ranges(name, split, {"train": len(pixels)})]
+    pixels = pixels[parts[0]] if len(parts) == 1 else np.concatenate([pixels[part] for part in parts])
+    if labels is None:
+        return Source(name, pixels)
+    classes = [str(label) for label in range(labels.max() + 1)]
+    labels = np.concatenate([labels[part] for part in parts]).astype(np.int64)
+    return Source(name, pixels, classes=classes, label_array=labels)
 
 
 def _saved_rows(name: str, path: Path, split: str) -> datasets.Dataset:
@@ -231,10 +273,10 @@ def _select_rows(name: str, splits: dict[str, datasets.Dataset], split: str) -> 
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _from_datasets(name, path, config_name, split, cache_dir, image_column) -> Source:
+def _from_datasets(name, path, config_name, split, cache_dir, columns) -> Source:
     """What the `datasets` library reads: parquet and others in a folder, or the Hub."""
     arguments = {"name": config_name, "split": split, "cache_dir": cache_dir, **_location(name, path)}
-    return _from_rows(name, _call(name, datasets.load_dataset, **arguments), image_column)
+    return _from_rows(name, _call(name, datasets.load_dataset, **arguments), columns)
 
 
 def _location(name: str, path: Path) -> dict[str, str]:
@@ -266,21 +308,47 @@ def _call(name, load, /, **arguments):
     raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}")  # outside the except: one traceback
 
 
-def _from_rows(name: str, rows: datasets.Dataset, image_column: str | None) -> Source:
-    """Find the image column by its type, and leave it undecoded."""
+def _from_rows(name: str, rows: datasets.Dataset, chosen: Columns) -> Source:
+    """Find the columns of images and of labels by their types, and leave the images undecoded."""
     columns = ", ".join(f"{column}: {feature}" for column, feature in rows.features.items())
     found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if image_column is not None and image_column not in rows.features:
-        raise ValueError(f"--image_column {image_column}: {name} has no such column, but {columns}")
-    if image_column is None and len(found) > 1:
+    if chosen.image is not None and chosen.image not in rows.features:
+        raise ValueError(f"--image_column {chosen.image}: {name} has no such column, but {columns}")
+    if chosen.image is None and len(found) > 1:
         raise ValueError(f"--dataset_name {name} has image columns {found}: choose one by --image_column")
-    if image_column is None and not found:
+    if chosen.image is None and not found:
         raise ValueError(f"--dataset_name {name} has no image column, but {columns}")
-    column = image_column or found[0]
+    column = chosen.image or found[0]
     try:  # a named column of raw bytes or of paths is taken as well
         rows = rows.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"--image_column {column} holds no images, but {rows.features[column]}") from error
-    label = rows.features.get("label")
-    classes = list(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return Source(name, rows[column], rows, column, classes)
+    label_column, classes = _find_labels(name, rows, chosen.label)
+    labels = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return Source(name, rows[column], rows, column, classes, label_column, labels)
+
+
+def _find_labels(name: str, rows: datasets.Dataset, chosen: str | None) -> tuple[str | None, list[str] | None]:
+    """(The column of labels, the names of the classes). A chosen column may also be of strings or whole numbers, each
+    of which is a class then; without a choice, only one of the type ClassLabel is taken."""
+    if chosen is None:
+        found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+        return (found[0], list(rows.features[found[0]].names)) if len(found) == 1 else (None, None)
+    if chosen not in rows.features:
+        raise ValueError(f"--label_column {chosen}: {name} has no such column, but {', '.join(rows.features)}")
+    feature = rows.features[chosen]
+    if isinstance(feature, datasets.ClassLabel):
+        return chosen, list(feature.names)
+    values = set(rows[chosen][:]) if isinstance(feature, datasets.Value) else {None}
+    if not (all(type(value) is int for value in values) or all(type(value) is str for value in values)):
+        raise ValueError(f"--label_column {chosen} holds no labels, but {feature}, and all must have one")
+    return chosen, [str(value) for value in sorted(values)]
+
+
+def encode(rows: datasets.Dataset, column: str, classes: list[str]) -> np.ndarray:
+    """int64 [N] the labels in a column, as indices into `classes`."""
+    values = rows[column][:]
+    if isinstance(rows.features[column], datasets.ClassLabel):
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    numbers = {name: i for i, name in enumerate(classes)}
+    return np.array([numbers[str(value)] for value in values], dtype=np.int64)
