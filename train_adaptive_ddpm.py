@@ -60,7 +60,9 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     # What to train, on which images and timesteps
     dataset, validation_images = read_data(options, accelerator, start)
     noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
-    unet = build_unet(options, dataset.channels, dataset.resolution)
+    classes = dataset.classes if options.class_conditional else None
+    num_classes = len(classes) if classes else None
+    unet = build_unet(options, dataset.channels, dataset.resolution, num_classes)
     check_disk_space(output.folder, unet)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, accelerator.device)
     batches = open_batches(options, dataset, accelerator, start.images)
@@ -75,11 +77,11 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     state.load(start)
 
     # An update, and the end of updates
-    denoiser = Denoiser(state.network, noise_scheduler, accelerator.device)
-    step_random = StepRandom(options.seed, accelerator, options.random_flip)
+    denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, classes)
+    step_random = StepRandom(options.seed, accelerator, options.random_flip, options.class_dropout, num_classes)
     if options.compile or accelerator.device.type == "cuda" or accelerator.num_processes > 1:
         with clock.phase("warm_up"):
-            warm_up(state, dataset.image_shape, options.train_batch_size)
+            warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
     if options.dry_run:
         return dry_run(options, state, batches, max_steps, partial(train_step, state, denoiser, step_random))
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)  # before data workers are forked
@@ -87,14 +89,14 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 
     begin_writing(options, output, start, state, hub)
     log = TrainingLog(options, state, output, max_steps, options.max_train_seconds)
-    results = Results(options, state, noise_scheduler, output, log, stop, options.seed, evaluator, validation)
+    results = Results(options, state, denoiser, output, log, stop, options.seed, evaluator, validation)
     events = plan_events(options, state, output, log, results, batches)
     with last_good_checkpoint(output):
         with closing(log), clock.phase("train"):
             while (stop_reason := stop.reason(state.step)) is None:
                 with checkpoint_if_data_fails(state, output, options.checkpoints_total_limit):
-                    images = next(batches)
-                train_step(state, denoiser, step_random, images)
+                    images, labels = next(batches)
+                train_step(state, denoiser, step_random, images, labels)
                 log.advance()
                 for interval, event in events:
                     if interval.is_due():
@@ -102,8 +104,10 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
         finish(options, state, output, log, results, stop_reason, dataset, batches, hub)
 
 
-def train_step(state: TrainingState, denoiser: Denoiser, step_random: StepRandom, images: torch.Tensor) -> None:
-    """Make one update from uint8 images [B, C, H, W] on the device, B of all accumulated batches.
+def train_step(
+    state: TrainingState, denoiser: Denoiser, step_random: StepRandom, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """Make one update from uint8 images [B, C, H, W] and labels [B] on the device, B of all accumulated batches.
 
     Nothing in it waits for the device.
     """
@@ -111,12 +115,13 @@ def train_step(state: TrainingState, denoiser: Denoiser, step_random: StepRandom
     step_random.begin(state.step)
     images = normalize(images, step_random.flips(len(images)))
     noise = step_random.noise(images.shape, antithetic=sampler.antithetic_noise)
+    labels = step_random.drop_labels(labels)
     timesteps, weights = sampler.sample(len(images), images=images)
     sampler.before_update(images, denoiser.epsilon_losses)
     num_parts, losses_of_parts = accelerator.gradient_accumulation_steps, []
     for part in (slice(i, None, num_parts) for i in range(num_parts)):
         with accelerator.accumulate(network):
-            errors = denoiser.epsilon_errors(images[part], noise[part], timesteps[part])
+            errors = denoiser.epsilon_errors(images[part], noise[part], timesteps[part], labels[part])
             losses = sampler.losses(errors, timesteps[part])
             weighted_losses = weights[part] * losses
             accelerator.backward(weighted_losses.mean())

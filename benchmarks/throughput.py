@@ -235,7 +235,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     denoiser = Denoiser(state.network, noise_scheduler, device)
     step_random = StepRandom(options.seed, accelerator, options.random_flip)
     batches = open_batches(options, dataset, accelerator, images_seen=0)
-    warm_up(state, dataset.image_shape, options.train_batch_size)
+    warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
 
     sampling_unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     choose_kernels(sampling_unet, device, accelerator.mixed_precision, options.compile, mode="reduce-overhead")
@@ -243,7 +243,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     pipeline.set_progress_bar_config(disable=True)
     indices, steps = range(options.sampling_batch_size), options.sampling_steps
     return (
-        lambda: train_step(state, denoiser, step_random, next(batches)),
+        lambda: train_step(state, denoiser, step_random, *next(batches)),
         lambda: pipeline.sample(indices, num_inference_steps=steps),
     )
 

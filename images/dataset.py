@@ -306,8 +306,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def sample(self, count: int = 512) -> torch.Tensor:
         """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
+        return normalize(torch.stack([self[i] for i in self.spaced(count)]))
+
+    def spaced(self, count: int) -> list[int]:
+        """The indices of the images in `sample`."""
         spacing = max(len(self) / count, 1)
-        return normalize(torch.stack([self[int(i * spacing)] for i in range(min(count, len(self)))]))
+        return [int(i * spacing) for i in range(min(count, len(self)))]
 
     def decode_all(self, num_workers: int | None = None, show_progress: bool = True) -> torch.Tensor:
         """Decode every image, in a pool of threads (Pillow releases the GIL while it decodes).

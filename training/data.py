@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 
 from images import ImageBatches, ImageDataset, ImageError, open_images, training_batches
@@ -34,6 +35,8 @@ def open_training_data(options: TrainingOptions) -> tuple[ImageDataset, ImageDat
         ValueError: it cannot be found or used; naming the flag.
     """
     dataset = open_images(options.dataset_name, resolution=options.resolution, **reading(options))
+    if options.class_conditional:
+        labels_of(options, dataset)  # what is wrong with them is found out here
     if options.validation_split is None:
         return dataset, None
     share = validation_share(options.validation_split)
@@ -47,20 +50,36 @@ def open_training_data(options: TrainingOptions) -> tuple[ImageDataset, ImageDat
         validation = open_images(options.dataset_name, split=split, resolution=dataset.resolution, **settings)
     except ValueError as error:
         raise ValueError(f"--validation_split {split}: {error}") from error
+    if options.class_conditional and validation.classes != dataset.classes:
+        raise ValueError(f"--validation_split {split}: its classes are others than those of the images to train on")
     return dataset, validation
 
 
 def reading(options: TrainingOptions) -> dict:
     """How images are found and read: keyword arguments of `open_images`."""
-    names = ("dataset_config_name", "cache_dir", "image_column", "image_mode", "on_bad_image", "white_level")
-    return {name: getattr(options, name) for name in names}
+    names = "dataset_config_name cache_dir image_column label_column image_mode on_bad_image white_level"
+    return {name: getattr(options, name) for name in names.split()}
+
+
+def labels_of(options: TrainingOptions, dataset: ImageDataset) -> torch.Tensor:
+    """int64 [N] the labels of the images; zeros where the network is not to know them.
+
+    Raises:
+        ValueError: there are none, or not of all images.
+    """
+    if not options.class_conditional:
+        return torch.zeros(len(dataset), dtype=torch.long)
+    try:
+        return dataset.labels()
+    except ValueError as error:
+        raise ValueError(f"--class_conditional: {error}") from error
 
 
 def open_batches(
     options: TrainingOptions, dataset: ImageDataset, accelerator: Accelerator, images_seen: int
 ) -> ImageBatches:
-    """Endless uint8 [B, C, H, W] of an update each, from image number `images_seen` of the run on: all processes
-    together see what one would with the whole batch."""
+    """Endless (uint8 [B, C, H, W], labels [B]) of an update each, from image number `images_seen` of the run on: all
+    processes together see what one would with the whole batch."""
     return training_batches(
         dataset,
         options.images_per_process,
@@ -72,6 +91,7 @@ def open_batches(
         placement=options.data_placement,
         num_workers=options.dataloader_num_workers,
         show_progress=accelerator.is_local_main_process,
+        labels=labels_of(options, dataset),
     )
 
 

@@ -12,13 +12,21 @@ class Denoiser:
     `epsilon_loss_scale`; so losses of all prediction types are the same, and can be compared.
 
     Args:
-        network: called as (noisy images [B, C, H, W], timesteps [B], return_dict=False), as a `UNet2DModel`.
+        network: called as (noisy images [B, C, H, W], timesteps [B], return_dict=False), as a `UNet2DModel`; and with
+            class_labels=[B], if it knows classes.
         noise_scheduler: a `DDPMScheduler`.
         device: of the network.
+        num_classes: that the network knows, beside the null class of that number; None if it knows none.
     """
 
-    def __init__(self, network: torch.nn.Module, noise_scheduler, device: torch.device | str = "cpu"):
-        self.network, self.noise_scheduler = network, noise_scheduler
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        noise_scheduler,
+        device: torch.device | str = "cpu",
+        classes: list[str] | None = None,
+    ):
+        self.network, self.noise_scheduler, self.classes = network, noise_scheduler, classes
         loss_scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(noise_scheduler), self.prediction_type)
         self.error_scale = loss_scale.sqrt().to(device, torch.float32)  # [T]
 
@@ -26,15 +34,23 @@ class Denoiser:
     def prediction_type(self) -> str:
         return self.noise_scheduler.config.prediction_type
 
-    def epsilon_errors(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def epsilon_errors(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[B, C, H, W] float32: the errors in eps at x_t, up to the sign.
 
         Args:
             images, noise: [B, C, H, W]; images in [-1, 1].
             timesteps: [B] int64.
+            class_labels: [B] int64, ignored by a network that knows no classes; None is the null class.
         """
         noisy_images = self.noise_scheduler.add_noise(images, noise, timesteps)
-        prediction = self.network(noisy_images, timesteps, return_dict=False)[0]
+        conditions = self._conditions(class_labels, timesteps)
+        prediction = self.network(noisy_images, timesteps, return_dict=False, **conditions)[0]
         if self.prediction_type == "epsilon":
             target = noise
         elif self.prediction_type == "v_prediction":
@@ -43,11 +59,23 @@ class Denoiser:
             target = images
         return (prediction.float() - target.float()) * self.error_scale[timesteps].view(-1, 1, 1, 1)
 
+    def _conditions(self, class_labels: torch.Tensor | None, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.classes is None:
+            return {}
+        null_class = torch.full_like(timesteps, len(self.classes))
+        return {"class_labels": null_class if class_labels is None else class_labels}
+
     @torch.no_grad()
-    def epsilon_losses(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def epsilon_losses(
+        self,
+        images: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[B] the mean squares of these errors, of the network as it is now: without gradients and dropout."""
         was_training = self.network.training
         self.network.eval()
-        losses = mean_squares(self.epsilon_errors(images, noise, timesteps))
+        losses = mean_squares(self.epsilon_errors(images, noise, timesteps, class_labels))
         self.network.train(was_training)
         return losses

@@ -20,18 +20,18 @@ def dry_run(
     state: TrainingState,
     batches: ImageBatches,
     max_steps: int | None,
-    train_step: Callable[[torch.Tensor], None],
+    train_step: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
     """Make a step that warms up and three that are timed, and print what the run would be. All processes must call it.
 
     Args:
-        train_step: makes an update from the images [B, C, H, W] of a step.
+        train_step: makes an update from the images [B, C, H, W] and labels [B] of a step.
     """
     begun = state.step
     seconds = []
     for _ in range(1 + TIMED_STEPS):
         start = time.perf_counter()
-        train_step(next(batches))
+        train_step(*next(batches))
         if state.accelerator.device.type == "cuda":
             torch.cuda.synchronize(state.accelerator.device)
         seconds.append(time.perf_counter() - start)

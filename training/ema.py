@@ -9,6 +9,8 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pipelines import ClassConditionalPipeline
+
 
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, whose state is that of whole tensors even where the weights are sharded (FSDP2), so that
@@ -32,9 +34,13 @@ class WeightAverage(EMAModel):
 
 
 def averaged_pipeline(
-    accelerator: Accelerator, network: torch.nn.Module, ema: WeightAverage, noise_scheduler: DDPMScheduler
-) -> DDPMPipeline:
-    """A `DDPMPipeline` of the averaged weights. All processes must call it.
+    accelerator: Accelerator,
+    network: torch.nn.Module,
+    ema: WeightAverage,
+    noise_scheduler: DDPMScheduler,
+    classes: list[str] | None = None,
+) -> DDPMPipeline | ClassConditionalPipeline:
+    """A pipeline of the averaged weights, which knows `classes`. All processes must call it.
 
     Raises:
         FloatingPointError: the average is not finite.
@@ -46,7 +52,8 @@ def averaged_pipeline(
     with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
         average = UNet2DModel.from_config(model.config)
     average.load_state_dict(weights)
-    return DDPMPipeline(average.eval(), DDPMScheduler.from_config(noise_scheduler.config))
+    parts = average.eval(), DDPMScheduler.from_config(noise_scheduler.config)
+    return DDPMPipeline(*parts) if classes is None else ClassConditionalPipeline(*parts, dict(enumerate(classes)))
 
 
 def check_finite(tensors: Iterable[torch.Tensor], what: str) -> None:

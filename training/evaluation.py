@@ -11,6 +11,7 @@ from pipelines import UnconditionalPipeline
 from scoring.frechet_metric import make_frechet_metric
 
 from .clock import PhaseClock
+from .data import labels_of
 from .options import ScoreOptions, TrainingOptions
 from .validation import NUM_EXAMPLES, ValidationLoss
 
@@ -36,8 +37,9 @@ def build_evaluation(
             evaluator = Evaluator(options, dataset, accelerator, seed, batch_size)
             evaluator.add_reference()
     if validation_images:
-        images = validation_images.sample(NUM_EXAMPLES)
-        validation = ValidationLoss(images, options.ddpm_num_steps, batch_size, accelerator)
+        indices = validation_images.spaced(NUM_EXAMPLES)
+        images, labels = validation_images.sample(NUM_EXAMPLES), labels_of(options, validation_images)[indices]
+        validation = ValidationLoss(images, labels, options.ddpm_num_steps, batch_size, accelerator)
     return evaluator, validation
 
 

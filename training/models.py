@@ -14,18 +14,21 @@ from samplers import PARTS, Method, NoiseSchedule, TimestepSampler, make_timeste
 from .options import MethodOptions, ModelOptions
 
 
-def build_unet(options: ModelOptions, channels: int, resolution: int) -> UNet2DModel:
+def build_unet(options: ModelOptions, channels: int, resolution: int, num_classes: int | None = None) -> UNet2DModel:
     """The `UNet2DModel` to train: DDPM's, or that of `--model_config_name_or_path`, with `--unet` over it.
+
+    Args:
+        num_classes: that it is to know, beside the null class; None for a network without classes.
 
     Raises:
         ValueError: settings that UNet2DModel refuses, be it when it is built or when it is called; or a resolution that
             its levels cannot halve.
     """
-    config = unet_config(options, channels, resolution)
+    config = unet_config(options, channels, resolution, num_classes)
     with _named_unet_errors(options):
         levels = len(unet_on_meta(config).config.block_out_channels)
         if resolution % 2 ** (levels - 1) == 0:
-            try_forward(unet_on_meta(config), channels, resolution)
+            try_forward(unet_on_meta(config), channels, resolution, num_classes)
             return UNet2DModel(**config)
     raise ValueError(
         f"--resolution {resolution}: a U-Net of {levels} levels needs a multiple of {2 ** (levels - 1)}; choose "
@@ -33,13 +36,17 @@ def build_unet(options: ModelOptions, channels: int, resolution: int) -> UNet2DM
     )
 
 
-def unet_config(options: ModelOptions, channels: int, resolution: int) -> dict[str, Any]:
+def unet_config(
+    options: ModelOptions, channels: int, resolution: int, num_classes: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments of the `UNet2DModel` to train."""
     if options.model_config_name_or_path:
         config = load_unet_config(options.model_config_name_or_path)
     else:
         config = default_unet_config(resolution)
     by_data = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    if num_classes is not None:
+        by_data["num_class_embeds"] = num_classes + 1  # and the null class
     for name in by_data.keys() & options.unet.keys():
         if options.unet[name] != by_data[name]:
             raise ValueError(f"--unet {name} {options.unet[name]}: the images decide that, which have {by_data[name]}")
@@ -52,7 +59,7 @@ def unet_on_meta(config: dict[str, Any]) -> UNet2DModel:
         return UNet2DModel(**config)
 
 
-def try_forward(unet: UNet2DModel, channels: int, resolution: int) -> None:
+def try_forward(unet: UNet2DModel, channels: int, resolution: int, num_classes: int | None = None) -> None:
     """Call the network on tensors that have a shape alone.
 
     Raises:
@@ -60,7 +67,8 @@ def try_forward(unet: UNet2DModel, channels: int, resolution: int) -> None:
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         images, timesteps = torch.empty(2, channels, resolution, resolution), torch.zeros(2, dtype=torch.long)
-        output = unet(images, timesteps, return_dict=False)[0]
+        conditions = {} if num_classes is None else {"class_labels": torch.zeros(2, dtype=torch.long)}
+        output = unet(images, timesteps, return_dict=False, **conditions)[0]
     if output.shape != images.shape:
         raise ValueError(f"images of {list(images.shape[1:])} come out as {list(output.shape[1:])}")
 

@@ -19,6 +19,7 @@ RANGES = {
     "white_level": "(0, inf)",
     "dataloader_num_workers": "[0, 1024]",
     "ddpm_num_steps": "[2, 10**6]",
+    "class_dropout": "[0, 1]",
     "max_train_steps": "[1, 2**53]",
     "num_epochs": "[1, 2**53]",
     "max_train_seconds": "(0, inf)",
@@ -106,6 +107,17 @@ class ModelOptions:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(default="epsilon", help="Network's output.")
     ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
     ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
+
+
+@dataclass
+class ClassOptions:
+    """Whether the network is told what it is to draw."""
+
+    _argument_group_name = "Classes"
+
+    class_conditional: bool = HfArg(default=False, help="Train on labels too, so that a class can be asked for.")
+    label_column: str | None = HfArg(default=None, help="Of the labels; default: the one of type ClassLabel.")
+    class_dropout: float = HfArg(default=0.1, help="How often a label is withheld, which guidance needs.")
 
 
 @dataclass
@@ -249,6 +261,7 @@ class TrainingOptions(
     RunOptions,
     DataOptions,
     ModelOptions,
+    ClassOptions,
     MethodOptions,
     BudgetOptions,
     OptimizationOptions,

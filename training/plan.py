@@ -9,6 +9,7 @@ from .models import build_noise_scheduler, build_sampler, build_unet, load_unet_
 from .options import TrainingOptions
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
+STAND_IN_CLASSES = 10
 
 
 def plan_run(options: TrainingOptions) -> None:
@@ -27,7 +28,7 @@ def plan_run(options: TrainingOptions) -> None:
         check_batch_memory(options, channels, resolution)
         if has_levels:
             with torch.device("meta"):
-                build_unet(options, channels, resolution)
+                build_unet(options, channels, resolution, STAND_IN_CLASSES if options.class_conditional else None)
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:

@@ -2,10 +2,11 @@
 
 from functools import partial
 
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline
 
 from pipelines import UnconditionalPipeline, make_grid_image
 
+from .denoiser import Denoiser
 from .ema import averaged_pipeline
 from .evaluation import Evaluator
 from .log import TrainingLog
@@ -31,7 +32,7 @@ class Results:
         self,
         options: SampleOptions,
         state: TrainingState,
-        noise_scheduler: DDPMScheduler,
+        denoiser: Denoiser,
         output: OutputDir,
         log: TrainingLog,
         stop: StopCondition,
@@ -39,7 +40,7 @@ class Results:
         evaluator: Evaluator | None,
         validation: ValidationLoss | None,
     ):
-        self.options, self.state, self.noise_scheduler, self.output = options, state, noise_scheduler, output
+        self.options, self.state, self.denoiser, self.output = options, state, denoiser, output
         self.log, self.stop, self.seed = log, stop, seed
         self.evaluator, self.validation = evaluator, validation
         self.accelerator, self.clock = state.accelerator, state.clock
@@ -77,13 +78,16 @@ class Results:
         """Write the loss on the validation images to the log, by timestep. last: as in `TrainingLog.write`."""
         with self.clock.phase("validation"):
             network = self._pipeline().unet.to(self.accelerator.device)
-            loss, by_timestep = self.validation.measure(network, self.noise_scheduler)
+            loss, by_timestep = self.validation.measure(network, self.denoiser)
         names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
         scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
         self.log.add({"validation_loss": loss}, scalars, validation_loss_by_timestep=by_timestep, last=last)
 
     def _pipeline(self) -> DDPMPipeline:
-        return averaged_pipeline(self.accelerator, self.state.network, self.state.ema, self.noise_scheduler)
+        denoiser = self.denoiser
+        return averaged_pipeline(
+            self.accelerator, denoiser.network, self.state.ema, denoiser.noise_scheduler, denoiser.classes
+        )
 
 
 def timestep_ranges(num_train_timesteps: int, num_bins: int) -> list[str]:

@@ -16,7 +16,7 @@ from recipes import changed_options
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
 from .models import unet_config, unet_on_meta
-from .options import ModelOptions, TrainingOptions
+from .options import TrainingOptions
 from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def is_elsewhere(checkpoint: Path, output: OutputDir) -> bool:
     return checkpoint.parent.resolve() != output.folder.resolve()
 
 
-def check_same_network(options: ModelOptions, start: Start) -> None:
+def check_same_network(options: TrainingOptions, start: Start) -> None:
     """Refuse to go on with a network whose weights have other shapes than the checkpoint's.
 
     One of an earlier version holds no settings of the network: its weights tell, later.
@@ -95,7 +95,10 @@ def check_same_network(options: ModelOptions, start: Start) -> None:
     saved = start.process_state.get("unet")
     if saved is None:
         return
-    now = unet_config(options, saved["in_channels"], saved["sample_size"])
+    if options.class_conditional and not saved["num_class_embeds"]:
+        raise ValueError(f"--class_conditional: the network in {start.checkpoint} knows no classes")
+    num_classes = saved["num_class_embeds"] - 1 if options.class_conditional else None
+    now = unet_config(options, saved["in_channels"], saved["sample_size"], num_classes)
     if parameter_shapes(saved) != parameter_shapes(now):
         defaults = dict(UNet2DModel().config)
         now = {name: now.get(name, default) for name, default in defaults.items()}
@@ -129,6 +132,8 @@ def warn_of_changes(options: TrainingOptions, dataset: ImageDataset, start: Star
             f"{dataset.name} has changed since the checkpoint was saved: {saved['images']:,} images then, "
             f"{len(dataset):,} now; the order of the images is another"
         )
+    if options.class_conditional and saved and saved.get("classes") not in (None, dataset.classes):
+        logger.warning(f"{dataset.name} had other classes when the checkpoint was saved: {', '.join(saved['classes'])}")
 
 
 def override_settings(optimizer, lr_scheduler, settings: dict) -> None:

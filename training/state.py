@@ -15,6 +15,7 @@ from samplers import TimestepSampler
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .clock import PhaseClock
+from .denoiser import Denoiser
 from .ema import WeightAverage, check_finite
 from .metrics import LossMeter
 from .options import OptimizationOptions
@@ -158,10 +159,11 @@ def build_state(
 def identify(state: TrainingState, dataset: ImageDataset) -> dict[str, Any]:
     """`TrainingState.made_for`."""
     config = state.accelerator.unwrap_model(state.network).to_json_string()
-    return {"unet": json.loads(config), "data": {"images": len(dataset), "fingerprint": dataset.fingerprint()}}
+    data = {"images": len(dataset), "fingerprint": dataset.fingerprint(), "classes": dataset.classes}
+    return {"unet": json.loads(config), "data": data}
 
 
-def warm_up(state: TrainingState, image_shape: tuple[int, ...], batch_size: int) -> None:
+def warm_up(state: TrainingState, denoiser: Denoiser, image_shape: tuple[int, ...], batch_size: int) -> None:
     """Run the network and the sampler's losses forward and backward on noise, so that what the first step takes longer
     for is over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights,
     gradients and random states as they were.
@@ -169,15 +171,12 @@ def warm_up(state: TrainingState, image_shape: tuple[int, ...], batch_size: int)
     That is compilation, autotuning, and DDP's buckets, which settle after the first step, and with them the order of
     its sums: then it must not be a step of the run.
     """
-    device, network, sampler = state.accelerator.device, state.network, state.sampler
+    device, sampler = state.accelerator.device, state.sampler
     timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for _ in range(2):
             images = torch.randn(batch_size, *image_shape, device=device)
-            sampler.losses(network(images, timesteps, return_dict=False)[0], timesteps).mean().backward()
+            sampler.losses(denoiser.epsilon_errors(images, images, timesteps), timesteps).mean().backward()
         if sampler.measures_model:
-            network.eval()
-            with torch.no_grad():
-                network(images, timesteps, return_dict=False)
-            network.train()
-    network.zero_grad(set_to_none=True)
+            denoiser.epsilon_losses(images, timesteps, images)
+    state.network.zero_grad(set_to_none=True)

@@ -15,10 +15,19 @@ class StepRandom:
         seed: of the run.
         accelerator: whose processes share the numbers out, and on whose device they are drawn.
         random_flip: whether half of the images are to be mirrored.
+        class_dropout: how often a label is withheld.
+        num_classes: the number of the null class, which then stands in its place; None where there are no labels.
     """
 
-    def __init__(self, seed: int, accelerator: Accelerator, random_flip: bool):
-        self.random_flip = random_flip
+    def __init__(
+        self,
+        seed: int,
+        accelerator: Accelerator,
+        random_flip: bool = False,
+        class_dropout: float = 0.0,
+        num_classes: int | None = None,
+    ):
+        self.random_flip, self.class_dropout, self.num_classes = random_flip, class_dropout, num_classes
         self.seed, self.rank, self.world_size = seed, accelerator.process_index, accelerator.num_processes
         self.generator = torch.Generator(accelerator.device)
 
@@ -34,6 +43,13 @@ class StepRandom:
     def noise(self, shape: torch.Size, antithetic: bool) -> torch.Tensor:
         """Gaussian noise of `shape` [B, ...]; `antithetic`: the second half of the batch is minus the first."""
         return self._share(antithetic_randn if antithetic else torch.randn, *shape)
+
+    def drop_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """[B] the labels of a batch, some of them withheld."""
+        if self.num_classes is None:
+            return labels
+        is_dropped = self._share(torch.rand, len(labels)) < self.class_dropout
+        return labels.masked_fill(is_dropped, self.num_classes)
 
     def _share(self, draw, batch_size: int, *shape: int) -> torch.Tensor:
         numbers = draw(batch_size * self.world_size, *shape, generator=self.generator, device=self.generator.device)

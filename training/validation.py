@@ -21,29 +21,38 @@ class ValidationLoss:
 
     Args:
         images: [N, C, H, W] in [-1, 1], all there are or a sample of them.
+        labels: int64 [N].
         num_train_timesteps: T.
         batch_size: examples at a time.
     """
 
-    def __init__(self, images: torch.Tensor, num_train_timesteps: int, batch_size: int, accelerator: Accelerator):
-        self.images, self.accelerator, self.batch_size = images, accelerator, batch_size
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        num_train_timesteps: int,
+        batch_size: int,
+        accelerator: Accelerator,
+    ):
+        self.images, self.labels, self.accelerator, self.batch_size = images, labels, accelerator, batch_size
         self.num_train_timesteps = num_train_timesteps
         order = torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(SEED))
         self.image_numbers = order % len(images)
         self.timesteps = (torch.arange(NUM_EXAMPLES) * num_train_timesteps + num_train_timesteps // 2) // NUM_EXAMPLES
 
-    def measure(self, network: torch.nn.Module, noise_scheduler) -> tuple[float | None, list[float | None]]:
-        """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device. All processes must call
-        it. Losses that are not finite are left out."""
+    def measure(self, network: torch.nn.Module, trained: Denoiser) -> tuple[float | None, list[float | None]]:
+        """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device, in place of the one that
+        is `trained`. All processes must call it. Losses that are not finite are left out."""
         accelerator, device = self.accelerator, self.accelerator.device
-        denoiser = Denoiser(network, noise_scheduler, device)
+        denoiser = Denoiser(network, trained.noise_scheduler, device, trained.classes)
         meter = LossMeter(self.num_train_timesteps, device)
         share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
         for numbers in share.split(self.batch_size):
             images = self.images[self.image_numbers[numbers]]
             noise = torch.stack([self._noise(number) for number in numbers.tolist()])
             timesteps = self.timesteps[numbers].to(device)
-            losses = denoiser.epsilon_losses(images.to(device), timesteps, noise.to(device))
+            labels = self.labels[self.image_numbers[numbers]].to(device)
+            losses = denoiser.epsilon_losses(images.to(device), timesteps, noise.to(device), labels)
             meter.add_losses(timesteps, losses, losses)
         loss, _, loss_by_timestep = meter.read(accelerator)
         return loss, loss_by_timestep

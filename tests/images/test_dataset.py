@@ -164,11 +164,14 @@ def test_levels_outside_the_range_stop_at_once_or_where_they_are_met(tmp_path):
 
 
 def test_describe_other_sources(tmp_path):
-    assert open_images("digits").describe() == "1,797 images of digits (8x8)"
+    assert open_images("digits").describe() == "1,797 images of digits (10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; 8x8)"
     assert open_images("digits").contents() == {
-        "images": 1797, "files": None, "classes": None, "left_out": {}, "notes": []
+        "images": 1797, "files": None, "classes": list("0123456789"), "left_out": {}, "notes": []
     }  # fmt: skip
-    assert open_images("digits", split="train[:10]").describe() == "10 images of digits (8x8)"
+    assert (
+        open_images("digits", split="train[:10]").describe()
+        == "10 images of digits (10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; 8x8)"
+    )
 
 
 def test_the_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path):

@@ -117,7 +117,7 @@ def test_the_record_says_how_to_repeat_it(tmp_path, score, capsys):
     assert record["feature_extractor"]["features"] == "pooler_output"
     assert len(record["feature_extractor"]["weights_sha256"]) == 64
     assert record["input2"]["contents"]["images"] == 1797
-    assert "--input2: 1,797 images of digits (8x8)" in output
+    assert "--input2: 1,797 images of digits (10 classes: " in output
     assert {"device", "versions", "seconds", "torch_fidelity"} <= record.keys()
 
 
