@@ -149,7 +149,7 @@ class RecipeLoader(yaml.SafeLoader):
     # Instead of YAML 1.1's, in which 1:30 is 90, 2026-11-25 a date and 1e-4 a string
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.tag is not None:
             raise yaml.MarkedYAMLError(
