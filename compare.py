@@ -22,7 +22,6 @@ from typing import Any
 
 from accelerate import PartialState
 from diffusers import DDPMPipeline
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from comparison.options import ComparisonOptions
@@ -30,12 +29,13 @@ from comparison.plots import plot_densities, plot_scores
 from comparison.results import RESULTS_FILE, joined_results, open_results
 from comparison.summary import summarise, table
 from images import check_output_outside_data
+from progress import progress_bar
 from recipes import expand_home, one_line_errors
 from train_adaptive_ddpm import command_line
 from training.data import open_training_data
 from training.evaluation import Evaluator
 from training.folder_lock import folder_lock
-from training.metrics import read_metrics
+from training.log import read_metrics
 from training.options import TrainingOptions
 from training.output import SUMMARY_FILE
 from training.plan import plan_run
@@ -83,16 +83,19 @@ def compare(options: ComparisonOptions, training_options: TrainingOptions, train
     folder = Path(options.output_dir)
     results = open_results(folder, options, training_flags)
     joined = [joined_results(other, results) for other in options.join]
-    dataset = open_training_data(training_options)
+    dataset, _ = open_training_data(training_options)
     print(dataset.describe())
-    evaluator = Evaluator(training_options, dataset, PartialState())
+    evaluator = Evaluator(
+        training_options, dataset, PartialState(), training_options.seed, training_options.train_batch_size
+    )
     results |= {"score": evaluator.name, "data": dataset.contents()}
     write_json(results, folder / RESULTS_FILE)  # which makes the folder one to go on in
 
     for run in results["runs"].values():
         run.pop("failed", None)  # what failed may have been a full disk: it is tried again
     total = len(options.methods) * len(options.seeds) * options.max_train_seconds
-    progress = tqdm(total=total, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]")
+    bar_format = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{remaining}]"
+    progress = progress_bar(total=total, unit="s", bar_format=bar_format)
     for method, seed, seconds, new_seconds in slices(options):
         run = results["runs"].setdefault(f"{method}-seed{seed}", {"method": method, "seed": seed, "scores": []})
         progress.set_description(f"{method}, seed {seed}, to {seconds:.0f} s")

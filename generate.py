@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from tqdm.auto import tqdm
 
 from generation.folder import check_folder, finish_folder, prepare_folder
 from generation.formats import FORMATS, GeneratedFiles
@@ -28,6 +27,7 @@ from generation.records import describe_run, describe_settings
 from generation.stopping import exit_when_stopped, report_when_stopped
 from generation.writing import Writer
 from pipelines import UnconditionalPipeline, choose_kernels, load_pipeline
+from progress import progress_bar
 from recipes import one_line_errors
 from training.folder_lock import folder_lock
 
@@ -88,7 +88,7 @@ def sample_blocks(
     """Sample this process's share of the blocks `todo`: every n-th one, written while the next one is sampled."""
     is_main, dtype = state.is_main_process, DTYPES[options.mixed_precision]
     done = options.num_images - sum(map(len, todo))
-    bar = tqdm(total=options.num_images, initial=done, unit="image", disable=not is_main, desc="generating")
+    bar = progress_bar(total=options.num_images, initial=done, unit="image", disable=not is_main, desc="generating")
     pipeline.set_progress_bar_config(leave=False, position=1, disable=not is_main or not sys.stderr.isatty())
     with bar, Writer(limit=2 * len(files.names(files.blocks[0]))) as writer:
         for block in todo[state.process_index :: state.num_processes]:

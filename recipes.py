@@ -9,7 +9,7 @@ import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -63,7 +63,7 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     recipe's line, for anything that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(options_class, allow_abbrev=False)
+    parser = HfArgumentParser(option_groups(options_class), allow_abbrev=False)
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
     flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
     try:
@@ -80,6 +80,13 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     if files and is_main_process():
         print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
     return options
+
+
+def option_groups(options_class: type) -> list[type]:
+    """The dataclasses that one of options is made up of, which then has no fields of its own: a heading of `--help`
+    each, under `_argument_group_name`. Itself, where it is not made up of any."""
+    bases = [base for base in options_class.__bases__ if is_dataclass(base)]
+    return [group for base in bases for group in option_groups(base)] or [options_class]
 
 
 @contextmanager
@@ -325,8 +332,10 @@ def changed_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> 
 
 
 def plain_values(options: Any, leave_out: Sequence[str]) -> dict[str, Any]:
+    """{option: value} in plain types, in the order of `--help`."""
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
-    return {name: value for name, value in values.items() if name not in ("config", *leave_out)}
+    names = (field.name for group in option_groups(type(options)) for field in fields(group))
+    return {name: values[name] for name in names if name not in ("config", *leave_out)}
 
 
 def check_ranges(options: Any, ranges: dict[str, str]) -> None:

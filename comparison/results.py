@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from comparison.options import ComparisonOptions
 from training.folder_lock import LOCK_FILE
-from training.metrics import device_name, library_versions
+from training.machine import device_name, library_versions
 from training.saving import read_json
 
 RESULTS_FILE = "results.json"

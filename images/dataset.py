@@ -1,5 +1,6 @@
 """Images as a map-style dataset of square uint8 tensors, of one mode, size and range for all."""
 
+import copy
 import itertools
 import logging
 import os
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+
+from progress import progress_bar
 
 from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image
 from .look import note_on_sizes, range_of_sizes
@@ -88,6 +90,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return image
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+    @property
     def nbytes(self) -> int:
         return len(self) * self.channels * self.resolution**2
 
@@ -95,18 +101,38 @@ class ImageDataset(torch.utils.data.Dataset):
     def bad_images(self) -> list[int]:
         return sorted(self._bad)
 
+    # A part of it
+
+    def hold_out(self, share: float) -> tuple["ImageDataset", "ImageDataset"]:
+        """(The others, those held out): the images divided for good, those held out evenly spaced through the data set.
+
+        Args:
+            share: of the images, in (0, 1), to hold out; at least one is, and at least one is not.
+        """
+        count = min(max(round(share * len(self)), 1), len(self) - 1)
+        held_out = [i * len(self) // count for i in range(count)]
+        others = sorted(set(range(len(self))) - set(held_out))
+        return self._part(others, "image held out"), self._part(held_out, "image not held out")
+
+    def _part(self, indices: list[int], why_not_the_others: str) -> "ImageDataset":
+        part = copy.copy(self)
+        part._source = self._source.select(indices, why_not_the_others)
+        part._images = part._source.images
+        part._bad, part._notes = set(), list(self._notes)
+        return part
+
     # What it holds, for people
 
     def describe(self) -> str:
         """One line: how many images of what, of which classes and sizes, and what was left out."""
         contents = self.contents()
-        of_files = f" of {_counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
-        left_out = ", ".join(_counted(count, reason) for reason, count in contents["left_out"].items())
+        of_files = f" of {counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
+        left_out = ", ".join(counted(count, reason) for reason, count in contents["left_out"].items())
         name = self.name
         if contents["files"] is not None and not name.endswith(os.sep):
             name += os.sep
         details = "; ".join(filter(None, [_describe_classes(contents["classes"]), range_of_sizes(self._sizes)]))
-        line = f"{_counted(contents['images'], 'image')}{of_files} {name} ({details})"
+        line = f"{counted(contents['images'], 'image')}{of_files} {name} ({details})"
         return f"{line}; left out: {left_out}" if left_out else line
 
     def contents(self) -> dict[str, Any]:
@@ -197,7 +223,7 @@ class ImageDataset(torch.utils.data.Dataset):
                     bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
             return len(entries), found
 
-        bar = tqdm(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
+        bar = progress_bar(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
         pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8))
         with bar, pool:
             try:
@@ -258,7 +284,7 @@ def _undecoded_bytes(entry: Entry) -> bytes:
         return b""
 
 
-def _counted(count: int, reason: str) -> str:
+def counted(count: int, reason: str) -> str:
     """ "2 hidden files", "1 .txt": what is counted in the plural if there are several."""
     if count != 1 and not reason.startswith("."):
         reason = re.sub(r"\b(image|file|folder|link)\b", r"\1s", reason, count=1)

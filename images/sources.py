@@ -25,6 +25,7 @@ class Source:
         name: as the user gave it.
         images: what `decode_image` takes, one by one or as slices.
         rows: the images, and for class folders the column `label`, as of `datasets`' imagefolder; None for an .npz.
+        column: of `rows`, where the images are.
         files: how many files were looked at; None if they are not images.
         left_out: {why: how many}.
         notes: what a person should be told.
@@ -33,10 +34,19 @@ class Source:
     name: str
     images: Sequence
     rows: datasets.Dataset | None = None
+    column: str | None = None
     classes: list[str] | None = None
     files: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def select(self, indices: Sequence[int], why_not_the_others: str) -> "Source":
+        """The images at these indices; the others are counted as left out."""
+        left_out = {**self.left_out, why_not_the_others: len(self.images) - len(indices)}
+        if self.rows is None:
+            return replace(self, images=self.images[list(indices)], left_out=left_out)
+        rows = self.rows.select(indices)
+        return replace(self, images=rows[self.column], rows=rows, left_out=left_out)
 
 
 @dataclass(frozen=True)
@@ -291,4 +301,4 @@ def _from_rows(request: Request, rows: datasets.Dataset) -> Source:
         raise ValueError(f"--image_column {column} holds no images, but {rows.features[column]}") from error
     label = rows.features.get("label")
     classes = list(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return Source(name, rows[column], rows, classes)
+    return Source(name, rows[column], rows, column, classes)

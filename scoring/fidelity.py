@@ -15,6 +15,7 @@ import torchvision
 import transformers
 from tqdm.auto import tqdm
 
+from progress import progress_bar
 from scoring.feature_extractors import Extractor
 from scoring.inputs import fingerprint
 from scoring.options import METRICS, EvaluationOptions
@@ -54,7 +55,7 @@ def calculate(
     }
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
-    bar = tqdm(total=len(images1) + len(images2), unit="image", desc="Extracting features")
+    bar = progress_bar(total=len(images1) + len(images2), unit="image", desc="Extracting features")
     with bar, name_batch_size(options):
         values = torch_fidelity.calculate_metrics(
             input1=FidelityImages(images1, bar, before=0),

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from images import ImageDataset, open_images
+from progress import progress_bar
 from scoring.options import EvaluationOptions
 
 
@@ -56,7 +56,7 @@ def read_images(images: ImageDataset, num_images: int | None = None, seed: int =
         return images.decode_all()
     order = np.random.RandomState(seed).permutation(len(images)).tolist()
     readable = (image for image, bad in map(images.image_or_next, order) if not bad)
-    subset = tqdm(islice(readable, num_images), total=num_images, desc=f"Decoding {images.name}", unit="image")
+    subset = progress_bar(islice(readable, num_images), total=num_images, desc=f"Decoding {images.name}", unit="image")
     return torch.stack(list(subset))
 
 
