@@ -137,12 +137,12 @@ def recipe_files(path: str | None) -> list[Path]:
     recipe = Path(os.path.realpath(path))
     if not os.path.isfile(recipe):
         raise ValueError(f"--config {path}: {'is not a file' if os.path.exists(recipe) else 'no such file'}")
-    own, *above = recipe.parents
+    recipe_folder, *folders_above = recipe.parents
     roots = [folder for folder in recipe.parents if os.path.exists(folder / ".git")]
     if roots:
         folders = [folder for folder in recipe.parents if folder.is_relative_to(roots[0])]
     else:
-        folders = [own, *takewhile(lambda folder: os.path.isfile(folder / "base.yaml"), above)]
+        folders = [recipe_folder, *takewhile(lambda above: os.path.isfile(above / "base.yaml"), folders_above)]
     bases = [folder / "base.yaml" for folder in reversed(folders)]
     return [*(base for base in bases if os.path.isfile(base) and base != recipe), recipe]
 
@@ -156,7 +156,7 @@ class RecipeLoader(yaml.SafeLoader):
     # Instead of YAML 1.1's, in which 1:30 is 90, 2026-11-25 a date and 1e-4 a string
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.tag is not None:
             raise yaml.MarkedYAMLError(
@@ -343,19 +343,25 @@ def check_ranges(options: Any, ranges: dict[str, str]) -> None:
 
     Args:
         options: an object with an attribute for each option.
-        ranges: {option: interval}, as it is written on paper: "[0, 2**32)", "(0, inf)". NaN is in no interval.
+        ranges: {option: interval}, as it is written on paper: "[0, 2**32)", "(0, inf)". NaN is in no interval. Of a
+            list, each number must be in it.
 
     Raises:
         ValueError: naming the flag, the value and the interval.
     """
     for name, interval in ranges.items():
         value = getattr(options, name)
-        least, most = (bound.strip() for bound in interval[1:-1].split(","))
-        least, most = (math.inf if bound == "inf" else eval_power(bound) for bound in (least, most))
-        above = value is None or (value >= least if interval[0] == "[" else value > least)
-        below = value is None or (value <= most if interval[-1] == "]" else value < most)
-        if not (above and below):
-            raise ValueError(f"--{name} {value}: must be in {interval}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not is_in_interval(number, interval):
+                raise ValueError(f"--{name} {number}: must be in {interval}")
+
+
+def is_in_interval(number: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 2**32)"."""
+    least, most = (math.inf if bound.strip() == "inf" else eval_power(bound) for bound in interval[1:-1].split(","))
+    above = number >= least if interval[0] == "[" else number > least
+    below = number <= most if interval[-1] == "]" else number < most
+    return above and below
 
 
 def eval_power(bound: str) -> int:

@@ -74,18 +74,18 @@ def main(options):
 
     scores = {}
     for low, high in tqdm([(0, 0), (0, options.boundaries[-1]), *segments], unit="chain"):
-        weak_but_one = DDPMPipeline(SwappedUNet(weak.unet, strong.unet, low, high), weak.scheduler)
-        scores[low, high] = evaluator.score(weak_but_one)
+        swapped = DDPMPipeline(SwappedUNet(weak.unet, strong.unet, low, high), weak.scheduler)
+        scores[low, high] = evaluator.score(swapped)
     weak_score, strong_score = scores.pop((0, 0)), scores.pop((0, options.boundaries[-1]))
     rows = []
     for (low, high), score in scores.items():
-        here = slice(low // 10, high // 10)
+        segment = slice(low // 10, high // 10)
         rows.append(
             {
                 "segment": [low, high],
                 "share_of_gain": (weak_score - score) / (weak_score - strong_score),
-                "relative_fall_of_loss": (fall[here].sum() / losses["weak"][here].sum()).item(),
-                "share_of_nats": (nats[here].sum() / nats.sum()).item(),
+                "relative_fall_of_loss": (fall[segment].sum() / losses["weak"][segment].sum()).item(),
+                "share_of_nats": (nats[segment].sum() / nats.sum()).item(),
             }
         )
     results = {"score": evaluator.name, "weak": weak_score, "strong": strong_score, "segments": rows}

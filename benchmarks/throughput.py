@@ -215,7 +215,7 @@ def share_of_convolutions(steps, device):
 
 def compare(contestants, what, images_a_round, repeats):
     """Images per second of each, and their ratio in rounds that stood beside each other."""
-    seconds = interleaved({name: partial(one.ask, what) for name, one in contestants.items()}, repeats)
+    seconds = interleaved({name: partial(contestant.ask, what) for name, contestant in contestants.items()}, repeats)
     rates = {name: summary([images_a_round / s for s in times]) for name, times in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["diffusers"], strict=True)]
     return rates | {"ours_over_diffusers": summary(ratios)}

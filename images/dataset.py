@@ -18,120 +18,32 @@ from PIL import Image, ImageOps
 
 from progress import progress_bar
 
-from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image, load_image
-from .look import Look, note_on_sizes, range_of_sizes
-from .sources import Source, open_source
+from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image
+from .look import note_on_sizes, range_of_sizes
+from .sources import Source
 
 logger = logging.getLogger(__name__)
 
-IMAGE_MODES = ("auto", "L", "RGB")
-ON_BAD_IMAGE = ("error", "skip")
 ROWS_PER_TASK = 64  # images a thread decodes before it reports: a smooth bar at little overhead
 FINGERPRINTED = 64  # images that a fingerprint looks at
 MAX_CLASSES_NAMED = 10
 
 
-def open_images(
-    dataset_name: str,
-    *,
-    dataset_config_name: str | None = None,
-    split: str = "train",
-    cache_dir: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | None = None,
-    image_mode: str = "auto",
-    on_bad_image: str = "error",
-    white_level: float | None = None,
-) -> "ImageDataset":
-    """Open a source of images as a map-style dataset of square uint8 tensors.
-
-    What is unusual about the source is logged as a warning, and kept in `contents()["notes"]`.
-
-    Args:
-        dataset_name: "digits" (scikit-learn's, 8x8 grey, no download); or a local path, to a folder of
-            images, of parquet files, or written by `save_to_disk` or generate.py, or to one .parquet or .npz
-            file; or a Hub dataset.
-        dataset_config_name: configuration of a Hub dataset that has several.
-        split: which split; or a slice such as "train[:1000]" or "train[10%:20%]".
-        cache_dir: where `datasets` keeps its files; None for its default.
-        image_column: name of the image column; None finds it by its type.
-        label_column: name of the column of labels; None finds it by its type, ClassLabel, if there is one only.
-        resolution: side in pixels; other sizes are resized (bicubic) and centre-cropped. None takes the size
-            of the first image, which must be square.
-        image_mode: "L" (1 channel), "RGB" (3 channels), or "auto": "L" if a sample of images spread over
-            the dataset is all grey.
-        on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
-        white_level: the level that is white in grey images of more than 8 bits or of floats; None for 65535
-            if they are integers; if floats, for 1 if a sample of them stays below, else for 255.
-
-    Raises:
-        ValueError: the source, its split or its image column cannot be found, or the size or mode is unclear.
-    """
-    if image_mode not in IMAGE_MODES:
-        raise ValueError(f"--image_mode {image_mode} is none of {IMAGE_MODES}")
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"--on_bad_image {on_bad_image} is none of {ON_BAD_IMAGE}")
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"--resolution {resolution} is not a positive number of pixels")
-    if white_level is not None and not 0 < white_level < float("inf"):
-        raise ValueError(f"--white_level {white_level} is not a positive number")
-    source = open_source(
-        dataset_name,
-        config_name=dataset_config_name,
-        split=split,
-        cache_dir=cache_dir,
-        image_column=image_column,
-        label_column=label_column,
-    )
-    look = Look(source.images)
-    white_levels = look.white_levels(white_level)
-    dataset = ImageDataset(
-        source,
-        mode=look.common_mode() if image_mode == "auto" else image_mode,
-        mode_is_a_guess=image_mode == "auto",
-        resolution=resolution or _own_resolution(source, on_bad_image),
-        resolution_is_a_guess=resolution is None,
-        white_levels=white_levels,
-        on_bad_image=on_bad_image,
-    )
-    for index in look.outside(white_levels):
-        dataset[index]  # raises an error that names the image: better now than in the middle of a run
-    for note in source.notes + look.notes_on_levels(white_level):
-        dataset.add_note(note)
-    dataset.note_sizes(look.sizes, look.is_complete)
-    return dataset
-
-
-def _own_resolution(source: Source, on_bad_image: str) -> int:
-    """Side in pixels of the first image that can be decoded. Raises ValueError if it is not square."""
-    for i, entry in enumerate(source.images):
-        try:
-            width, height = load_image(entry).size
-        except BadImage as error:
-            if on_bad_image == "error":
-                raise _bad_images_error(source.name, {i: error}, len(source.images)) from error
-            continue
-        if width != height:
-            raise ValueError(f"{source.name}: image {i} is {width}x{height}, not square: pass --resolution")
-        return width
-    raise ValueError(f"{source.name}: none of the {len(source.images)} images can be decoded")
-
-
 def _bad_images_summary(name: str, bad: dict[int, Any]) -> str:
     """Name the first ten of the bad images. `bad` maps an index to the reason why that image is bad."""
     indices = sorted(bad)
-    some = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
-    return f"{name}: cannot decode {len(bad)} image(s), index {some}; the first: {bad[indices[0]]}"
+    first_indices = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+    return f"{name}: cannot decode {len(bad)} image(s), index {first_indices}; the first: {bad[indices[0]]}"
 
 
-def _bad_images_error(name: str, bad: dict[int, Any], num_images: int) -> BadImage:
+def bad_images_error(name: str, bad: dict[int, Any], num_images: int) -> BadImage:
+    """The error to raise for images that cannot be decoded: index -> reason, of a data set of `num_images`."""
     hint = " (--on_bad_image skip leaves such images out)" if len(bad) < num_images else " (no image is left)"
     return BadImage(_bad_images_summary(name, bad) + hint)
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Map-style dataset of uint8 tensors [C, resolution, resolution], decoded on access. See `open_images`.
+    """Map-style dataset of uint8 tensors [C, resolution, resolution], decoded on access. Made by `open_images`.
 
     With `on_bad_image="skip"`, the next good image stands in for one that cannot be decoded.
 
@@ -206,9 +118,8 @@ class ImageDataset(torch.utils.data.Dataset):
             none = "has no labels: neither a column of them (--label_column names it) nor a folder for each class"
             raise ValueError(f"--dataset_name {self.name} {several if source.label_columns else none}")
         if source.empty_classes:
-            raise ValueError(
-                f"--dataset_name {self.name}: no image of class {source.empty_classes[0]}: its folder is empty"
-            )
+            empty = source.empty_classes[0]
+            raise ValueError(f"--dataset_name {self.name}: no image of class {empty}: there is none in its folder")
         labels = torch.from_numpy(source.read_labels())
         if len(labels) and labels.min() < 0:
             unlabelled = int((labels < 0).nonzero()[0])
@@ -302,7 +213,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 return torch.tensor(self._fit(self._decode(i, self._images[i]))), list(bad)
             except BadImage as error:
                 bad[i] = str(error)
-        raise _bad_images_error(self.name, bad, len(self))
+        raise bad_images_error(self.name, bad, len(self))
 
     def sample(self, count: int = 512) -> torch.Tensor:
         """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
@@ -329,7 +240,7 @@ class ImageDataset(torch.utils.data.Dataset):
         images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
         pixels, bad, sizes = images.numpy(), {}, Counter()
 
-        def decode_rows(start):
+        def decode_rows(start: int) -> tuple[int, list[tuple[int, int]]]:
             entries = self._images[start : start + ROWS_PER_TASK]
             found = []
             for i, entry in enumerate(entries, start):
@@ -380,7 +291,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _without(self, images: torch.Tensor, bad: dict[int, str]) -> torch.Tensor:
         """Drop the images at the indices in `bad` from [N, C, H, W], or raise, as on_bad_image says."""
         if not self._skip or len(bad) == len(self):
-            raise _bad_images_error(self.name, bad, len(self))
+            raise bad_images_error(self.name, bad, len(self))
         self.note_bad_images(bad)
         logger.warning("Skipping bad images. %s", _bad_images_summary(self.name, bad))
         good = [i for i in range(len(images)) if i not in bad]

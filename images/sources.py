@@ -1,10 +1,10 @@
 """A name -> rows of undecoded images: a Hub data set, parquet, `save_to_disk`, a folder, an .npz, or the digits."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,13 +15,7 @@ from .records import GRID, TRAINING_RECORD, check_finished, images_of, read_reco
 from .splits import ImageFiles, files_of_split, find_splits, slice_ranges
 
 NPZ_LABELS = "arr_1"
-
-
-class Columns(NamedTuple):
-    """The columns that the user has chosen; None is found by its type."""
-
-    image: str | None
-    label: str | None
+Ranges = list[tuple[str, range]]  # of `slice_ranges`
 
 
 @dataclass
@@ -72,6 +66,18 @@ class Source:
         return encode(self.rows, self.label_column, self.classes)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: `name` as the user gave it, and what of it; see `open_images`."""
+
+    name: str
+    config_name: str | None
+    split: str
+    cache_dir: str | None
+    image_column: str | None
+    label_column: str | None
+
+
 def open_source(
     name: str,
     *,
@@ -86,65 +92,66 @@ def open_source(
     Raises:
         ValueError: naming the flag, if there is no such source, split, image column or label column.
     """
-    path, columns = Path(name).expanduser(), Columns(image_column, label_column)
+    request = Request(name, config_name, split, cache_dir, image_column, label_column)
+    path = Path(name).expanduser()
     if name == "digits":
-        source = _from_rows(name, _select_rows(name, {"train": _digits()}, split), columns)
+        source = _from_rows(request, _select_rows(request, {"train": _digits()}))
         if path.is_dir():
             source.notes.append("the data set built into scikit-learn is used; ./digits means the folder of that name")
         return source
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        return _from_npz(name, path, split, columns)
+        return _from_npz(request, path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _from_rows(name, _saved_rows(name, path, split), columns)
+        return _from_rows(request, _saved_rows(request, path))
     if path.is_dir():
-        return _from_folder(name, path, config_name, split, cache_dir, columns)
-    return _from_datasets(name, path, config_name, split, cache_dir, columns)
+        return _from_folder(request, path)
+    return _from_datasets(request, path)
 
 
 # --------------------------------------------------------------------------------------------------- folders
 
 
-def _from_folder(name, path, config_name, split, cache_dir, columns) -> Source:
+def _from_folder(request: Request, path: Path) -> Source:
     """A local folder of images, of ours, or of files that `datasets` reads."""
     if (path / TRAINING_RECORD).is_file():
         raise ValueError(
-            f"--dataset_name {name} is the folder of a training run ({TRAINING_RECORD}), whose samples are grids: "
-            "let generate.py draw images from it into a folder of their own"
+            f"--dataset_name {request.name} is the folder of a training run ({TRAINING_RECORD}), whose samples are "
+            "grids: let generate.py draw images from it into a folder of their own"
         )
     record = read_record(path)
     if record:
-        return _from_generated(name, path, record, split, cache_dir, columns)
+        return _from_generated(request, path, record)
     listing = list_folder(path)
     if has_only_archives(listing):
-        raise ValueError(f"--dataset_name {name} holds archives only ({_kinds(listing)}): unpack them")
+        raise ValueError(f"--dataset_name {request.name} holds archives only ({_kinds(listing)}): unpack them")
     if not listing.images:
-        return _from_datasets(name, path, config_name, split, cache_dir, columns)
+        return _from_datasets(request, path)
     if listing.data_files:
         raise ValueError(
-            f"--dataset_name {name} holds images ({listing.images[0]}) and data files ({listing.data_files[0]}): "
-            "name one of them, or a folder of one kind"
+            f"--dataset_name {request.name} holds images ({listing.images[0]}) and data files "
+            f"({listing.data_files[0]}): name one of them, or a folder of one kind"
         )
-    if config_name is not None:
-        raise ValueError(f"--dataset_config_name {config_name}: a folder of images has no configurations")
-    return _from_image_files(name, path, listing, split, columns)
+    if request.config_name is not None:
+        raise ValueError(f"--dataset_config_name {request.config_name}: a folder of images has no configurations")
+    return _from_image_files(request, path, listing)
 
 
-def _from_generated(name, path, record, split, cache_dir, columns) -> Source:
+def _from_generated(request: Request, path: Path, record: dict[str, Any]) -> Source:
     """A folder of generate.py: its images, of which all must be there, without the grid."""
     images = images_of(path, record)
     if images.suffix == ".npz":
-        source = _from_npz(name, images, split, columns)
+        source = _from_npz(request, images)
     elif record["settings"]["format"] == "parquet":
-        source = _from_datasets(name, images, None, split, cache_dir, columns)
+        source = _from_datasets(replace(request, config_name=None), images)
     else:
-        source = _from_image_files(name, images, list_folder(images), split, columns)
+        source = _from_image_files(request, images, list_folder(images))
     source.notes.append(f"a folder of generate.py: its images, and not its {GRID}")
-    if record["status"] != "complete" or split == "train":
+    if record["status"] != "complete" or request.split == "train":
         check_finished(path, record, len(source.images))
     return source
 
 
-def _from_image_files(name, root: Path, listing: Listing, split, columns) -> Source:
+def _from_image_files(request: Request, root: Path, listing: Listing) -> Source:
     """The images of a listing, by its metadata, splits and classes."""
     num_metadata = len(listing.metadata)
     files = len(listing.images) + sum(n for why, n in listing.left_out.items() if "folder" not in why)
@@ -152,19 +159,19 @@ def _from_image_files(name, root: Path, listing: Listing, split, columns) -> Sou
     files += num_metadata
     prefixes = find_splits(paths)
     splits = {each: files_of_split(paths, prefixes[each]) for each in prefixes}
-    ranges = slice_ranges(name, split, {each: len(found.paths) for each, found in splits.items()})
+    ranges = slice_ranges(request.name, request.split, {each: len(found.paths) for each, found in splits.items()})
     chosen = _choose(splits, ranges)
-    _count_unchosen(listing, paths, splits, ranges, split)
+    _count_unchosen(listing, paths, splits, ranges, request.split)
     empty_classes = _note_empty_folders(listing, chosen, prefixes, ranges)
     if not chosen.paths:
-        raise ValueError(f"--dataset_name {name}: the split {split!r} holds no images, of {len(paths)}")
-    source = _from_rows(name, _image_file_rows(root, chosen), columns)
+        raise ValueError(f"--dataset_name {request.name}: the split {request.split!r} holds no images, of {len(paths)}")
+    source = _from_rows(request, _image_file_rows(root, chosen))
     source.files, source.empty_classes = files, empty_classes
     source.left_out, source.notes = dict(listing.left_out), listing.notes
     return source
 
 
-def _choose(splits: dict[str, ImageFiles], ranges) -> ImageFiles:
+def _choose(splits: dict[str, ImageFiles], ranges: Ranges) -> ImageFiles:
     """The parts of splits that a slice asks for; classes only where all the parts agree on them."""
     parts = [(splits[split], rows) for split, rows in ranges]
     paths = [path for part, rows in parts for path in part.paths[rows.start : rows.stop]]
@@ -174,7 +181,9 @@ def _choose(splits: dict[str, ImageFiles], ranges) -> ImageFiles:
     return ImageFiles(paths, classes, [i for part, rows in parts for i in part.labels[rows.start : rows.stop]])
 
 
-def _count_unchosen(listing, paths, splits, ranges, split) -> None:
+def _count_unchosen(
+    listing: Listing, paths: list[str], splits: dict[str, ImageFiles], ranges: Ranges, split: str
+) -> None:
     """Count the images of other splits, beside the splits, and outside the slice."""
     asked = {each for each, _ in ranges}
     for each, found in splits.items():
@@ -190,7 +199,9 @@ def _count_unchosen(listing, paths, splits, ranges, split) -> None:
         listing.left_out[f"image outside {split}"] += outside
 
 
-def _note_empty_folders(listing, chosen: ImageFiles, prefixes, ranges) -> list[str]:
+def _note_empty_folders(
+    listing: Listing, chosen: ImageFiles, prefixes: dict[str, list[str]], ranges: Ranges
+) -> list[str]:
     """The folders at the level of the classes that hold no image; it is noted, as people count classes by folders."""
     if chosen.classes is None:
         return []
@@ -230,7 +241,7 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(pixels), "label": digits.target}, features=features)
 
 
-def _from_npz(name: str, path: Path, split: str, columns: Columns) -> Source:
+def _from_npz(request: Request, path: Path) -> Source:
     """The arrays of an .npz file, `arr_0`: uint8 [N, H, W, 1 or 3], and, if it is there, `arr_1`: the labels [N]; as
     ADM's evaluator has them."""
     if not path.is_file():
@@ -244,39 +255,41 @@ def _from_npz(name: str, path: Path, split: str, columns: Columns) -> Source:
         raise ValueError(
             f"--dataset_name: {path}: arr_0 must be uint8 [N, H, W, 1 or 3], not {pixels.dtype} {list(pixels.shape)}"
         )
-    if columns.label not in (None, NPZ_LABELS):
-        raise ValueError(f"--label_column {columns.label}: the labels in an .npz are {NPZ_LABELS}")
+    if request.label_column not in (None, NPZ_LABELS):
+        raise ValueError(f"--label_column {request.label_column}: the labels in an .npz are {NPZ_LABELS}")
     if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise ValueError(
             f"--dataset_name: {path}: {NPZ_LABELS} must be whole numbers [{len(pixels)}] from 0 on, the labels, not "
             f"{labels.dtype} {list(labels.shape)}"
         )
-    parts = [slice(rows.start, rows.stop) for _, rows in slice_ranges(name, split, {"train": len(pixels)})]
+    ranges = slice_ranges(request.name, request.split, {"train": len(pixels)})
+    parts = [slice(rows.start, rows.stop) for _, rows in ranges]
     pixels = pixels[parts[0]] if len(parts) == 1 else np.concatenate([pixels[part] for part in parts])
     if labels is None:
-        return Source(name, pixels)
+        return Source(request.name, pixels)
     classes = [str(label) for label in range(labels.max() + 1)]
     labels = np.concatenate([labels[part] for part in parts]).astype(np.int64)
-    return Source(name, pixels, classes=classes, label_array=labels)
+    return Source(request.name, pixels, classes=classes, label_array=labels)
 
 
-def _saved_rows(name: str, path: Path, split: str) -> datasets.Dataset:
-    splits = _call(name, datasets.load_from_disk, dataset_path=str(path))
+def _saved_rows(request: Request, path: Path) -> datasets.Dataset:
+    splits = _call(request.name, datasets.load_from_disk, dataset_path=str(path))
     if isinstance(splits, datasets.Dataset):  # a single split
         splits = {str(splits.split or "train"): splits}
-    return _select_rows(name, splits, split)
+    return _select_rows(request, splits)
 
 
-def _select_rows(name: str, splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    ranges = slice_ranges(name, split, {each: len(rows) for each, rows in splits.items()})
+def _select_rows(request: Request, splits: dict[str, datasets.Dataset]) -> datasets.Dataset:
+    ranges = slice_ranges(request.name, request.split, {each: len(rows) for each, rows in splits.items()})
     parts = [splits[each].select(rows) for each, rows in ranges]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _from_datasets(name, path, config_name, split, cache_dir, columns) -> Source:
+def _from_datasets(request: Request, path: Path) -> Source:
     """What the `datasets` library reads: parquet and others in a folder, or the Hub."""
-    arguments = {"name": config_name, "split": split, "cache_dir": cache_dir, **_location(name, path)}
-    return _from_rows(name, _call(name, datasets.load_dataset, **arguments), columns)
+    arguments = {"name": request.config_name, "split": request.split, "cache_dir": request.cache_dir}
+    arguments |= _location(request.name, path)
+    return _from_rows(request, _call(request.name, datasets.load_dataset, **arguments))
 
 
 def _location(name: str, path: Path) -> dict[str, str]:
@@ -292,7 +305,7 @@ def _location(name: str, path: Path) -> dict[str, str]:
     return {"path": name}
 
 
-def _call(name, load, /, **arguments):
+def _call(name: str, load: Callable, /, **arguments: Any) -> Any:
     """Call a loader of the `datasets` library, and sum up its error in one ValueError."""
     try:
         return load(**arguments)
@@ -308,34 +321,36 @@ def _call(name, load, /, **arguments):
     raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}")  # outside the except: one traceback
 
 
-def _from_rows(name: str, rows: datasets.Dataset, chosen: Columns) -> Source:
-    """Find the columns of images and of labels by their types, and leave the images undecoded."""
+def _from_rows(request: Request, rows: datasets.Dataset) -> Source:
+    """Find the image column by its type, and leave it undecoded."""
+    name, image_column = request.name, request.image_column
     columns = ", ".join(f"{column}: {feature}" for column, feature in rows.features.items())
     found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if chosen.image is not None and chosen.image not in rows.features:
-        raise ValueError(f"--image_column {chosen.image}: {name} has no such column, but {columns}")
-    if chosen.image is None and len(found) > 1:
+    if image_column is not None and image_column not in rows.features:
+        raise ValueError(f"--image_column {image_column}: {name} has no such column, but {columns}")
+    if image_column is None and len(found) > 1:
         raise ValueError(f"--dataset_name {name} has image columns {found}: choose one by --image_column")
-    if chosen.image is None and not found:
+    if image_column is None and not found:
         raise ValueError(f"--dataset_name {name} has no image column, but {columns}")
-    column = chosen.image or found[0]
+    column = image_column or found[0]
     try:  # a named column of raw bytes or of paths is taken as well
         rows = rows.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"--image_column {column} holds no images, but {rows.features[column]}") from error
-    label_column, classes = _find_labels(name, rows, chosen.label)
-    labels = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return Source(name, rows[column], rows, column, classes, label_column, labels)
+    label_column, classes = _find_labels(rows, request)
+    found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return Source(request.name, rows[column], rows, column, classes, label_column, found)
 
 
-def _find_labels(name: str, rows: datasets.Dataset, chosen: str | None) -> tuple[str | None, list[str] | None]:
+def _find_labels(rows: datasets.Dataset, request: Request) -> tuple[str | None, list[str] | None]:
     """(The column of labels, the names of the classes). A chosen column may also be of strings or whole numbers, each
     of which is a class then; without a choice, only one of the type ClassLabel is taken."""
+    chosen = request.label_column
     if chosen is None:
         found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
         return (found[0], list(rows.features[found[0]].names)) if len(found) == 1 else (None, None)
     if chosen not in rows.features:
-        raise ValueError(f"--label_column {chosen}: {name} has no such column, but {', '.join(rows.features)}")
+        raise ValueError(f"--label_column {chosen}: {request.name} has no such column, but {', '.join(rows.features)}")
     feature = rows.features[chosen]
     if isinstance(feature, datasets.ClassLabel):
         return chosen, list(feature.names)

@@ -4,7 +4,9 @@ The stock `DDPMPipeline` draws the noise of a whole batch at once, so an image c
 depends on (seed, i) alone.
 """
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -30,7 +32,7 @@ class UnconditionalPipeline(DDPMPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler | DDIMScheduler):
         super().__init__(unet=unet, scheduler=scheduler)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as a stock `DDPMPipeline`, which anyone with diffusers can load."""
         DDPMPipeline(unet=self.unet, scheduler=self.scheduler).save_pretrained(save_directory, **kwargs)
 

@@ -62,9 +62,9 @@ def test_a_killed_process_resumes_to_the_same_files(saved, tmp_path):
 
     run(saved, folder, **options)
     assert record(folder)["new_images"] <= 1200 - len(left) + 4 * 50  # it did go on
-    whole = contents(run(saved, tmp_path / "whole", **options))
-    assert whole == contents(folder)
-    assert left.items() <= whole.items()
+    uninterrupted = contents(run(saved, tmp_path / "whole", **options))
+    assert uninterrupted == contents(folder)
+    assert left.items() <= uninterrupted.items()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -33,8 +33,8 @@ def test_weights_of_a_variant_are_loaded_on_request(folder, variant, safe, shard
     pipeline = load_pipeline(str(folder), variant)
     torch.testing.assert_close(pipeline.unet.state_dict(), expected, rtol=0, atol=0)
     for other in {None, "fp16", "ema"} - {variant}:
-        there = f"--variant {variant}" if variant else "no --variant"
-        with pytest.raises(ValueError, match=f"has no weights .*, but those for {there}$"):
+        alternative = f"--variant {variant}" if variant else "no --variant"
+        with pytest.raises(ValueError, match=f"has no weights .*, but those for {alternative}$"):
             load_pipeline(str(folder), other)
 
 

@@ -32,9 +32,9 @@ pytest_plugins = ["scoring_fixtures"]
     ],
 )
 def test_options_that_are_not_allowed(flags, message, capsys):
-    given = [] if "--input1" in flags else ["--input1", "a", "--input2", "b", "--output_dir", "c"]
+    defaults = [] if "--input1" in flags else ["--input1", "a", "--input2", "b", "--output_dir", "c"]
     with pytest.raises(SystemExit):
-        evaluate.main([*given, *flags.split()])
+        evaluate.main([*defaults, *flags.split()])
     assert message in capsys.readouterr().err
 
 
@@ -71,9 +71,9 @@ def test_one_line_says_what_is_wrong_before_anything_takes_long(flags, message, 
     monkeypatch.setattr(evaluate, "calculate", lambda *_: pytest.fail("the expensive work began"))
     names = {path.stem: str(path) for path in errors_folder.iterdir()}
     names |= {name: str(errors_folder / name) for name in ("nowhere", "scores")}
-    given = "--input1 {images} --input2 {images} --output_dir {scores} --metrics prc"
+    defaults = "--input1 {images} --input2 {images} --output_dir {scores} --metrics prc"
     with pytest.raises(SystemExit) as error:
-        evaluate.main(f"{given} {flags}".format(**names).split())
+        evaluate.main(f"{defaults} {flags}".format(**names).split())
     assert message.format(**names) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (errors_folder / "nowhere").exists()
