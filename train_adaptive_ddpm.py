@@ -26,7 +26,8 @@ from training.evaluation import build_evaluation
 from training.hub import HubUpload
 from training.launch import held_output_dir, start_accelerator
 from training.log import TrainingLog
-from training.models import build_noise_scheduler, build_sampler, build_unet
+from training.methods import build_sampler
+from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
 from training.output import OutputDir, check_disk_space
 from training.plan import plan_run
@@ -35,6 +36,7 @@ from training.resuming import check_same_network, find_start, last_good_checkpoi
 from training.state import TrainingState, build_state, identify, warm_up
 from training.step_random import StepRandom
 from training.stopping import StopCondition
+from training.unet import build_unet
 
 
 def main(options: TrainingOptions) -> None:

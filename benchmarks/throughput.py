@@ -47,11 +47,13 @@ from training.clock import PhaseClock
 from training.data import open_batches
 from training.denoiser import Denoiser
 from training.machine import device_name, library_versions
-from training.models import build_noise_scheduler, build_sampler, build_unet
+from training.methods import build_sampler
+from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
 from training.saving import write_json
 from training.state import build_state, warm_up
 from training.step_random import StepRandom
+from training.unet import build_unet
 
 
 @dataclass

@@ -10,8 +10,8 @@ from PIL import Image
 
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
-from training.models import build_unet
 from training.plan import plan_run
+from training.unet import build_unet
 
 
 def refused(flags, capsys):

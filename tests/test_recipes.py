@@ -13,7 +13,7 @@ import recipes
 from recipes import JsonDict, changed_options, parse_options, save_options
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
-from training.models import method_parts
+from training.methods import method_parts
 
 
 @dataclass

@@ -126,7 +126,8 @@ def test_one_guess_has_the_same_epsilon_errors_whatever_it_is_a_prediction_of():
 def test_cifar10_recipe_is_ddpm():
     """35.7 M parameters, the settings of google/ddpm-cifar10-32, fixed-large variance, as published."""
     from train_adaptive_ddpm import command_line
-    from training.models import build_noise_scheduler, build_unet
+    from training.noise_schedule import build_noise_scheduler
+    from training.unet import build_unet
 
     options = command_line(["--config", str(REPOSITORY / "configs" / "cifar10.yaml")])
     unet = build_unet(options, channels=3, resolution=options.resolution)
@@ -146,7 +147,7 @@ def test_cifar10_recipe_is_ddpm():
 
 
 def test_default_unet_is_ddpms_at_any_resolution():
-    from training.models import default_unet_config
+    from training.unet import default_unet_config
 
     assert default_unet_config(32)["block_out_channels"] == [128, 256, 256, 256]
     assert default_unet_config(32)["down_block_types"][1] == "AttnDownBlock2D"

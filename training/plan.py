@@ -5,8 +5,10 @@ import torch
 
 from samplers import NoiseSchedule
 
-from .models import build_noise_scheduler, build_sampler, build_unet, load_unet_config
+from .methods import build_sampler
+from .noise_schedule import build_noise_scheduler
 from .options import TrainingOptions
+from .unet import build_unet, load_unet_config
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
 STAND_IN_CLASSES = 10

@@ -9,7 +9,7 @@ from images import counted
 
 from .log import TrainingLog
 from .machine import device_name, library_versions
-from .models import method_of
+from .methods import method_of
 from .options import TrainingOptions
 from .output import SUMMARY_FILE, OutputDir
 from .saving import replace_file, write_json

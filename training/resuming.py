@@ -15,9 +15,9 @@ from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
-from .models import unet_config, unet_on_meta
 from .options import TrainingOptions
 from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
+from .unet import unet_config, unet_on_meta
 
 logger = logging.getLogger(__name__)
 
