@@ -1,0 +1,134 @@
+"""Training on labels: which the network sees, which are withheld, and what is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from training.denoiser import Denoiser
+from training.options import ModelOptions
+from training.step_random import StepRandom
+from training.unet import build_unet
+
+
+def accelerator(rank=0, world_size=1):
+    return SimpleNamespace(process_index=rank, num_processes=world_size, device=torch.device("cpu"))
+
+
+class ShowLabels(torch.nn.Module):
+    """Predicts the label, everywhere."""
+
+    def forward(self, noisy_images, timesteps, return_dict, class_labels=None):
+        labels = torch.zeros(len(noisy_images)) if class_labels is None else class_labels
+        return (labels.view(-1, 1, 1, 1).expand(noisy_images.shape).float(),)
+
+
+def errors_at_zero(denoiser, labels):
+    zeros = torch.zeros(len(labels), 1, 4, 4)
+    timesteps = torch.arange(len(labels))
+    return denoiser.epsilon_errors(zeros, zeros, timesteps, labels)[:, 0, 0, 0].tolist()
+
+
+def test_the_network_sees_the_labels_and_the_null_class_where_there_are_none():
+    denoiser = Denoiser(ShowLabels(), DDPMScheduler(), classes=["cat", "dog", "fox"])
+    assert errors_at_zero(denoiser, torch.tensor([2, 0, 3])) == [2, 0, 3]
+    zeros = torch.zeros(2, 1, 4, 4)
+    errors = denoiser.epsilon_errors(zeros, zeros, torch.zeros(2, dtype=torch.long))
+    assert errors.unique().tolist() == [3]
+    losses = denoiser.epsilon_losses(zeros, torch.zeros(2, dtype=torch.long), zeros, torch.tensor([1, 2]))
+    assert losses.tolist() == [1, 4]
+
+
+def test_a_network_without_classes_sees_none():
+    assert errors_at_zero(Denoiser(ShowLabels(), DDPMScheduler()), torch.tensor([2, 1])) == [0, 0]
+
+
+# Which labels are withheld
+
+
+def dropped(step, count=4000, rank=0, world_size=1, class_dropout=0.25, seed=0):
+    random = StepRandom(seed, accelerator(rank, world_size), class_dropout=class_dropout, num_classes=10)
+    random.begin(step)
+    labels = torch.arange(count) % 10
+    found = random.drop_labels(labels)
+    assert torch.equal(found[found != 10], labels[found != 10])
+    return found == 10
+
+
+def test_as_often_as_asked_for():
+    assert dropped(step=3).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert not dropped(step=3, class_dropout=0.0).any()
+    assert dropped(step=3, class_dropout=1.0).all()
+
+
+def test_by_the_seed_and_the_step_alone_on_any_number_of_processes():
+    alone = dropped(step=5)
+    assert torch.equal(dropped(step=5), alone)
+    assert not torch.equal(dropped(step=6), alone)
+    assert not torch.equal(dropped(step=5, seed=1), alone)
+    ranks = [dropped(step=5, count=2000, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.stack(ranks, dim=1).flatten(), alone)
+
+
+def test_the_noise_does_not_depend_on_it():
+    noises = []
+    for num_classes in (None, 10):
+        random = StepRandom(0, accelerator(), num_classes=num_classes, class_dropout=0.5)
+        random.begin(1)
+        random.flips(4)
+        noises.append(random.noise(torch.Size([4, 1, 2, 2]), antithetic=True))
+        random.drop_labels(torch.zeros(4, dtype=torch.long))
+    assert torch.equal(*noises)
+
+
+# Networks and data
+
+
+def test_the_network_has_a_null_class_beside_those_of_the_data():
+    options = ModelOptions()
+    options.unet.update(block_out_channels=[32], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    unet = build_unet(options, channels=1, resolution=8, num_classes=10)
+    assert unet.config.num_class_embeds == 11
+    assert build_unet(options, channels=1, resolution=8).config.num_class_embeds is None
+    options.unet["num_class_embeds"] = 10
+    with pytest.raises(ValueError, match="--unet num_class_embeds 10: the images decide that, which have 11"):
+        build_unet(options, channels=1, resolution=8, num_classes=10)
+
+
+CLASSES = ("--class_conditional", "--dataset_name", "digits")
+
+
+def test_a_run_that_is_killed_and_resumed_is_the_same(train):
+    whole = train("whole", *CLASSES, "--validation_split", 0.1, "--validation_steps", 12).wait()
+    train("run", *CLASSES, "--validation_split", 0.1, "--validation_steps", 12, "--max_train_steps", 12).wait()
+    resumed = train(
+        "run", *CLASSES, "--validation_split", 0.1, "--validation_steps", 12, "--resume_from_checkpoint", "latest"
+    ).wait()
+    assert resumed.metrics == whole.metrics
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (resumed.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
+    unconditional = train("unconditional", "--dataset_name", "digits").wait()
+    assert unconditional.metrics[0]["loss"] != whole.metrics[0]["loss"]
+    assert UNet2DModel.from_pretrained(whole.folder / "unet").config.num_class_embeds == 11
+
+
+def test_a_network_of_another_kind_is_not_resumed(train):
+    train("with", *CLASSES, "--max_train_steps", 6).wait()
+    train("without", "--max_train_steps", 6).wait()
+    found = train("without", *CLASSES, "--resume_from_checkpoint", "latest").wait(1).output.splitlines()[-1]
+    assert "--class_conditional: the network in" in found
+    assert "knows no classes" in found
+    found = train("with", "--resume_from_checkpoint", "latest").wait(1).output.splitlines()[-1]
+    assert "num_class_embeds was 11, now None" in found
+
+
+def test_data_without_labels_is_refused(train, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    run = train("run", "--class_conditional", "--dataset_name", tmp_path / "pictures").wait(1)
+    assert "--class_conditional: --dataset_name" in run.output.splitlines()[-1]
+    assert "has no labels" in run.output.splitlines()[-1]
+    assert not run.folder.exists()
