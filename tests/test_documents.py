@@ -181,7 +181,7 @@ def test_flags_have_values_that_they_take(document):
         if words[0] in parser._option_string_actions and not {"FOLDER", "NAME"} & set(words):
             known = [word for word in words if word.startswith("--")]
             if all(flag in parser._option_string_actions for flag in known):
-                parser.parse_args(words)
+                parser.parse_args_into_dataclasses(words)  # which checks more than argparse does
 
 
 @every_guide
