@@ -9,7 +9,7 @@ import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -63,7 +63,7 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     recipe's line, for anything that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(options_class, allow_abbrev=False)
+    parser = HfArgumentParser(option_groups(options_class), allow_abbrev=False)
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
     flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
     try:
@@ -80,6 +80,13 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     if files and is_main_process():
         print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
     return options
+
+
+def option_groups(options_class: type) -> list[type]:
+    """The dataclasses that one of options is made up of, which then has no fields of its own: a heading of `--help`
+    each, under `_argument_group_name`. Itself, where it is not made up of any."""
+    bases = [base for base in options_class.__bases__ if is_dataclass(base)]
+    return [group for base in bases for group in option_groups(base)] or [options_class]
 
 
 @contextmanager
@@ -130,12 +137,12 @@ def recipe_files(path: str | None) -> list[Path]:
     recipe = Path(os.path.realpath(path))
     if not os.path.isfile(recipe):
         raise ValueError(f"--config {path}: {'is not a file' if os.path.exists(recipe) else 'no such file'}")
-    own, *above = recipe.parents
+    recipe_folder, *folders_above = recipe.parents
     roots = [folder for folder in recipe.parents if os.path.exists(folder / ".git")]
     if roots:
         folders = [folder for folder in recipe.parents if folder.is_relative_to(roots[0])]
     else:
-        folders = [own, *takewhile(lambda folder: os.path.isfile(folder / "base.yaml"), above)]
+        folders = [recipe_folder, *takewhile(lambda above: os.path.isfile(above / "base.yaml"), folders_above)]
     bases = [folder / "base.yaml" for folder in reversed(folders)]
     return [*(base for base in bases if os.path.isfile(base) and base != recipe), recipe]
 
@@ -149,7 +156,7 @@ class RecipeLoader(yaml.SafeLoader):
     # Instead of YAML 1.1's, in which 1:30 is 90, 2026-11-25 a date and 1e-4 a string
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.tag is not None:
             raise yaml.MarkedYAMLError(
@@ -325,8 +332,10 @@ def changed_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> 
 
 
 def plain_values(options: Any, leave_out: Sequence[str]) -> dict[str, Any]:
+    """{option: value} in plain types, in the order of `--help`."""
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in asdict(options).items()}
-    return {name: value for name, value in values.items() if name not in ("config", *leave_out)}
+    names = (field.name for group in option_groups(type(options)) for field in fields(group))
+    return {name: values[name] for name in names if name not in ("config", *leave_out)}
 
 
 def check_ranges(options: Any, ranges: dict[str, str]) -> None:
@@ -334,19 +343,25 @@ def check_ranges(options: Any, ranges: dict[str, str]) -> None:
 
     Args:
         options: an object with an attribute for each option.
-        ranges: {option: interval}, as it is written on paper: "[0, 2**32)", "(0, inf)". NaN is in no interval.
+        ranges: {option: interval}, as it is written on paper: "[0, 2**32)", "(0, inf)". NaN is in no interval. Of a
+            list, each number must be in it.
 
     Raises:
         ValueError: naming the flag, the value and the interval.
     """
     for name, interval in ranges.items():
         value = getattr(options, name)
-        least, most = (bound.strip() for bound in interval[1:-1].split(","))
-        least, most = (math.inf if bound == "inf" else eval_power(bound) for bound in (least, most))
-        above = value is None or (value >= least if interval[0] == "[" else value > least)
-        below = value is None or (value <= most if interval[-1] == "]" else value < most)
-        if not (above and below):
-            raise ValueError(f"--{name} {value}: must be in {interval}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not is_in_interval(number, interval):
+                raise ValueError(f"--{name} {number}: must be in {interval}")
+
+
+def is_in_interval(number: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 2**32)"."""
+    least, most = (math.inf if bound.strip() == "inf" else eval_power(bound) for bound in interval[1:-1].split(","))
+    above = number >= least if interval[0] == "[" else number > least
+    below = number <= most if interval[-1] == "]" else number < most
+    return above and below
 
 
 def eval_power(bound: str) -> int:

@@ -26,8 +26,8 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import normalize, open_images
 from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed
-from training.metrics import device_name
-from training.models import epsilon_errors, epsilon_scale_of
+from training.denoiser import Denoiser
+from training.machine import device_name
 from training.saving import write_json
 
 OBJECTIVES = ("none", "min_snr", "p2", "bell", "spectral")
@@ -85,7 +85,7 @@ def main(options):
 def example_gradients(pipeline, loss_of, dataset, t, options):
     """Losses [N] and gradients [N, 1 + len(PARTNERS), P] at timestep t, of N examples and the partners of each."""
     unet, scheduler, device = pipeline.unet.eval(), pipeline.scheduler, options.device
-    scale, timestep = epsilon_scale_of(scheduler, device), torch.tensor([t], device=device)
+    denoiser, timestep = Denoiser(unet, scheduler, device), torch.tensor([t], device=device)
     generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
     parameters = list(unet.parameters())
     losses, gradients = [], []
@@ -96,7 +96,7 @@ def example_gradients(pipeline, loss_of, dataset, t, options):
         partners = (-noise, -noise, other_noise - other_mean - mean, noise, other_noise)
         images = (image, image, *(len(PARTNERS) - 1) * [other_image])
         for x, eps in zip(images, (noise, *partners), strict=True):
-            loss = loss_of(epsilon_errors(unet, scheduler, x, eps, timestep, scale), timestep)[0]
+            loss = loss_of(denoiser.epsilon_errors(x, eps, timestep), timestep)[0]
             losses.append(loss.detach())
             gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
     shape = (options.examples, 1 + len(PARTNERS), -1)

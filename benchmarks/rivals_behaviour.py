@@ -20,8 +20,9 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samplers import fold_seed, make_timestep_sampler, mean_squares
-from training.metrics import by_bin, device_name
-from training.models import epsilon_errors, epsilon_scale_of
+from training.denoiser import Denoiser
+from training.machine import device_name
+from training.metrics import by_bin
 
 
 @dataclass
@@ -85,14 +86,14 @@ def train(method, options, images, moments, args):
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999))
     noise_scheduler = DDPMScheduler()
-    epsilon_scale = epsilon_scale_of(noise_scheduler, "cpu")
+    denoiser = Denoiser(unet, noise_scheduler)
     sampler = make_timestep_sampler(noise_scheduler, method, images=images, seed=args.seed, **options)
     generator = torch.Generator()
 
     def denoising_loss(images, timesteps, noise):
         unet.eval()
         with torch.no_grad():
-            errors = epsilon_errors(unet, noise_scheduler, images, noise, timesteps, epsilon_scale)
+            errors = denoiser.epsilon_errors(images, noise, timesteps)
         unet.train()
         return mean_squares(errors)
 
@@ -103,7 +104,7 @@ def train(method, options, images, moments, args):
         noise = torch.randn(clean.shape, generator=generator)
         timesteps, weights = sampler.sample(len(clean), images=clean)
         sampler.before_update(clean, denoising_loss)
-        errors = epsilon_errors(unet, noise_scheduler, clean, noise, timesteps, epsilon_scale)
+        errors = denoiser.epsilon_errors(clean, noise, timesteps)
         losses = sampler.losses(errors, timesteps)
         (weights * losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_adaptive_ddpm import command_line
-from training.metrics import device_name, library_versions
+from training.machine import device_name, library_versions
 from training.saving import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]

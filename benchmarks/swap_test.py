@@ -23,9 +23,9 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import normalize, open_images
 from samplers import NoiseSchedule, fold_seed
+from training.denoiser import Denoiser
 from training.evaluation import Evaluator
-from training.metrics import device_name
-from training.models import epsilon_errors, epsilon_scale_of
+from training.machine import device_name
 from training.saving import write_json
 
 
@@ -66,7 +66,7 @@ def main(options):
     state = PartialState()
     weak, strong = (DDPMPipeline.from_pretrained(path).to(state.device) for path in (options.weak, options.strong))
     dataset = open_images(options.dataset_name, resolution=weak.unet.config.sample_size)
-    evaluator = Evaluator(options, dataset, state)
+    evaluator = Evaluator(options, dataset, state, options.seed, options.train_batch_size)
     segments = list(zip(options.boundaries, options.boundaries[1:], strict=False))
     losses = {name: probe_losses(pipeline, dataset, options) for name, pipeline in (("weak", weak), ("strong", strong))}
     fall = losses["weak"] - losses["strong"]
@@ -74,18 +74,18 @@ def main(options):
 
     scores = {}
     for low, high in tqdm([(0, 0), (0, options.boundaries[-1]), *segments], unit="chain"):
-        weak_but_one = DDPMPipeline(SwappedUNet(weak.unet, strong.unet, low, high), weak.scheduler)
-        scores[low, high] = evaluator.score(weak_but_one)
+        swapped = DDPMPipeline(SwappedUNet(weak.unet, strong.unet, low, high), weak.scheduler)
+        scores[low, high] = evaluator.score(swapped)
     weak_score, strong_score = scores.pop((0, 0)), scores.pop((0, options.boundaries[-1]))
     rows = []
     for (low, high), score in scores.items():
-        here = slice(low // 10, high // 10)
+        segment = slice(low // 10, high // 10)
         rows.append(
             {
                 "segment": [low, high],
                 "share_of_gain": (weak_score - score) / (weak_score - strong_score),
-                "relative_fall_of_loss": (fall[here].sum() / losses["weak"][here].sum()).item(),
-                "share_of_nats": (nats[here].sum() / nats.sum()).item(),
+                "relative_fall_of_loss": (fall[segment].sum() / losses["weak"][segment].sum()).item(),
+                "share_of_nats": (nats[segment].sum() / nats.sum()).item(),
             }
         )
     results = {"score": evaluator.name, "weak": weak_score, "strong": strong_score, "segments": rows}
@@ -100,14 +100,14 @@ def main(options):
 def probe_losses(pipeline, dataset, options):
     """[T / 10] mean epsilon-losses at every tenth timestep; the same images and noise for every model."""
     scheduler, device = pipeline.scheduler, pipeline.device
-    scale, losses = epsilon_scale_of(scheduler, device), []
+    denoiser, losses = Denoiser(pipeline.unet, scheduler, device), []
     for t in tqdm(range(0, scheduler.config.num_train_timesteps, 10), unit="t", leave=False):
         generator = torch.Generator().manual_seed(fold_seed(options.seed, t))
         chosen = torch.randint(len(dataset), (options.probe_images,), generator=generator).tolist()
         images = normalize(torch.stack([dataset[i] for i in chosen]))
         noise = torch.randn(images.shape, generator=generator).to(device)
         timesteps = torch.full((options.probe_images,), t, device=device)
-        errors = epsilon_errors(pipeline.unet, scheduler, images.to(device), noise, timesteps, scale)
+        errors = denoiser.epsilon_errors(images.to(device), noise, timesteps)
         losses.append(errors.square().mean())
     return torch.stack(losses).cpu()
 

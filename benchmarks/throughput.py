@@ -5,7 +5,7 @@
 
 Both train the same network on the same images with the same batch and precision, each in a process of its own (what
 `keep_freed_memory` changes, it changes for a whole process), taking turns after a warm-up of each: ours is
-`TrainingStep`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of diffusers'
+`train_step`, as train_adaptive_ddpm.py calls it; theirs is the body of the loop of diffusers'
 examples/unconditional_image_generation/train_unconditional.py at its default flags, with its data pipeline. That script
 does not compile: `--compile` is for ours alone. All options are those of the training script. It prints, too, what each
 timestep sampler costs a step, how much of the device's rate of matrix multiplication the network's arithmetic reaches,
@@ -37,23 +37,28 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DTYPES
-from images import open_images, training_batches
+from generation.options import DTYPES
+from images import open_images
 from pipelines import UnconditionalPipeline, choose_kernels, to_pil
 from recipes import one_line_errors, parse_options
 from samplers import METHODS, make_timestep_sampler
-from train_adaptive_ddpm import TrainingOptions
-from training.ema import WeightAverage
-from training.metrics import LossMeter, device_name, library_versions
-from training.models import build_noise_scheduler, build_unet, method_parts, warm_up
+from train_adaptive_ddpm import train_step
+from training.clock import PhaseClock
+from training.data import open_batches
+from training.denoiser import Denoiser
+from training.machine import device_name, library_versions
+from training.models import build_noise_scheduler, build_sampler, build_unet
+from training.options import TrainingOptions
 from training.saving import write_json
-from training.step import TrainingStep
-from training.stopping import NonFiniteGuard
+from training.state import build_state, warm_up
+from training.step_random import StepRandom
 
 
 @dataclass
-class ThroughputOptions(TrainingOptions):
-    """Those of training, and:"""
+class MeasurementOptions:
+    """What is measured, and how often."""
+
+    _argument_group_name = "Measurement"
 
     output_json: str | None = HfArg(default=None, help="Where the measurements go.")
     repeats: int = HfArg(default=7, help="Timed rounds, after one untimed.")
@@ -61,6 +66,11 @@ class ThroughputOptions(TrainingOptions):
     sampling_batch_size: int = HfArg(default=64, help="Images of a sampling round.")
     sampling_steps: int = HfArg(default=20, help="Denoising steps of a sampling round.")
     data_images: int = HfArg(default=4096, help="Of the data set, that diffusers' script is given.")
+
+
+@dataclass
+class ThroughputOptions(TrainingOptions, MeasurementOptions):
+    """Those of training, and those of the measurement."""
 
 
 def main(options):
@@ -205,7 +215,7 @@ def share_of_convolutions(steps, device):
 
 def compare(contestants, what, images_a_round, repeats):
     """Images per second of each, and their ratio in rounds that stood beside each other."""
-    seconds = interleaved({name: partial(one.ask, what) for name, one in contestants.items()}, repeats)
+    seconds = interleaved({name: partial(contestant.ask, what) for name, contestant in contestants.items()}, repeats)
     rates = {name: summary([images_a_round / s for s in times]) for name, times in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["diffusers"], strict=True)]
     return rates | {"ours_over_diffusers": summary(ratios)}
@@ -218,37 +228,24 @@ def our_training_and_sampling(accelerator, dataset, options):
     """Two functions: one step as train_adaptive_ddpm.py makes it, and one batch as generate.py does."""
     device = accelerator.device
     torch.manual_seed(options.seed)
-    unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
+    unet = build_unet(options, dataset.channels, dataset.resolution)
     noise_scheduler = build_noise_scheduler(options)
-    parts = method_parts(options)
-    sampler = make_timestep_sampler(
-        noise_scheduler, options.method, **parts, images=dataset.sample(), seed=options.seed, device=device
-    )
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, fused=True)
-    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
-    choose_kernels(unet, device, accelerator.mixed_precision, options.compile)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = WeightAverage(unet.parameters(), use_ema_warmup=True, power=options.ema_power)
-    meter = LossMeter(noise_scheduler.config.num_train_timesteps, device)
-    guard = NonFiniteGuard(optimizer.optimizer, device, False, options.max_nonfinite_steps)
-    batches = training_batches(
-        dataset, options.train_batch_size, seed=options.seed, rank=0, world_size=1, device=device, placement="auto"
-    )
-    flags = {name: getattr(options, name) for name in ("seed", "random_flip", "max_grad_norm")}
-    update = TrainingStep(
-        accelerator, unet, noise_scheduler, sampler, optimizer, lr_scheduler, ema, guard, meter, **flags
-    )
-    image_shape = (dataset.channels, dataset.resolution, dataset.resolution)
-    warm_up(accelerator, unet, sampler, image_shape, options.train_batch_size)
-    numbers = iter(range(10**9))
-    unet.train()
+    sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, device)
+    state = build_state(options, accelerator, unet, sampler, PhaseClock(device), max_steps=None)
+    denoiser = Denoiser(state.network, noise_scheduler, device)
+    step_random = StepRandom(options.seed, accelerator, options.random_flip)
+    batches = open_batches(options, dataset, accelerator, images_seen=0)
+    warm_up(state, dataset.image_shape, options.train_batch_size)
 
     sampling_unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     choose_kernels(sampling_unet, device, accelerator.mixed_precision, options.compile, mode="reduce-overhead")
     pipeline = UnconditionalPipeline(sampling_unet, noise_scheduler)
     pipeline.set_progress_bar_config(disable=True)
     indices, steps = range(options.sampling_batch_size), options.sampling_steps
-    return lambda: update(next(numbers), next(batches)), lambda: pipeline.sample(indices, num_inference_steps=steps)
+    return (
+        lambda: train_step(state, denoiser, step_random, next(batches)),
+        lambda: pipeline.sample(indices, num_inference_steps=steps),
+    )
 
 
 # diffusers'

@@ -10,9 +10,10 @@ Images stay uint8 until the training step (`normalize`): a quarter of the memory
 """
 
 from .batches import ImageBatches, image_order, training_batches
-from .dataset import ImageDataset, normalize, open_images
+from .dataset import ImageDataset, counted, normalize
 from .decoding import BadImage, ImageError, decode_image
 from .folders import check_output_outside_data
+from .opening import open_images
 
 __all__ = [
     "BadImage",
@@ -20,6 +21,7 @@ __all__ = [
     "ImageDataset",
     "ImageError",
     "check_output_outside_data",
+    "counted",
     "decode_image",
     "image_order",
     "normalize",

@@ -42,7 +42,16 @@ def image_order(num_images: int, seed: int, first: int, count: int) -> torch.Ten
     return torch.cat(permutations)[start : start + count]
 
 
-def _batches_of_indices(num_images, batch_size, *, seed, first_image, rank, world_size, device="cpu"):
+def _batches_of_indices(
+    num_images: int,
+    batch_size: int,
+    *,
+    seed: int,
+    first_image: int,
+    rank: int,
+    world_size: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[torch.Tensor]:
     """Endlessly yield the indices of this rank's next batch, int64 [batch_size] on `device`.
 
     They are made and moved about an epoch at a time: a step then costs no more than a look-up.
@@ -126,7 +135,7 @@ class ImageBatches:
         skipped: images found undecodable so far.
     """
 
-    def __init__(self, dataset, batches, placement, num_images):
+    def __init__(self, dataset: ImageDataset, batches: Iterator[torch.Tensor], placement: str, num_images: int):
         self.placement = placement
         self.num_images = num_images
         self._dataset = dataset

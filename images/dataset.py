@@ -1,5 +1,6 @@
 """Images as a map-style dataset of square uint8 tensors, of one mode, size and range for all."""
 
+import copy
 import itertools
 import logging
 import os
@@ -14,114 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
-from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image, load_image
-from .look import Look, note_on_sizes, range_of_sizes
-from .sources import Source, open_source
+from progress import progress_bar
+
+from .decoding import BadImage, Entry, ImageError, WhiteLevels, decode_image
+from .look import note_on_sizes, range_of_sizes
+from .sources import Source
 
 logger = logging.getLogger(__name__)
 
-IMAGE_MODES = ("auto", "L", "RGB")
-ON_BAD_IMAGE = ("error", "skip")
 ROWS_PER_TASK = 64  # images a thread decodes before it reports: a smooth bar at little overhead
 FINGERPRINTED = 64  # images that a fingerprint looks at
 MAX_CLASSES_NAMED = 10
 
 
-def open_images(
-    dataset_name: str,
-    *,
-    dataset_config_name: str | None = None,
-    split: str = "train",
-    cache_dir: str | None = None,
-    image_column: str | None = None,
-    resolution: int | None = None,
-    image_mode: str = "auto",
-    on_bad_image: str = "error",
-    white_level: float | None = None,
-) -> "ImageDataset":
-    """Open a source of images as a map-style dataset of square uint8 tensors.
-
-    What is unusual about the source is logged as a warning, and kept in `contents()["notes"]`.
-
-    Args:
-        dataset_name: "digits" (scikit-learn's, 8x8 grey, no download); or a local path, to a folder of
-            images, of parquet files, or written by `save_to_disk` or generate.py, or to one .parquet or .npz
-            file; or a Hub dataset.
-        dataset_config_name: configuration of a Hub dataset that has several.
-        split: which split; or a slice such as "train[:1000]" or "train[10%:20%]".
-        cache_dir: where `datasets` keeps its files; None for its default.
-        image_column: name of the image column; None finds it by its type.
-        resolution: side in pixels; other sizes are resized (bicubic) and centre-cropped. None takes the size
-            of the first image, which must be square.
-        image_mode: "L" (1 channel), "RGB" (3 channels), or "auto": "L" if a sample of images spread over
-            the dataset is all grey.
-        on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
-        white_level: the level that is white in grey images of more than 8 bits or of floats; None for 65535
-            if they are integers; if floats, for 1 if a sample of them stays below, else for 255.
-
-    Raises:
-        ValueError: the source, its split or its image column cannot be found, or the size or mode is unclear.
-    """
-    if image_mode not in IMAGE_MODES:
-        raise ValueError(f"--image_mode {image_mode} is none of {IMAGE_MODES}")
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"--on_bad_image {on_bad_image} is none of {ON_BAD_IMAGE}")
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"--resolution {resolution} is not a positive number of pixels")
-    if white_level is not None and not 0 < white_level < float("inf"):
-        raise ValueError(f"--white_level {white_level} is not a positive number")
-    options = {"config_name": dataset_config_name, "cache_dir": cache_dir, "image_column": image_column}
-    source = open_source(dataset_name, split=split, **options)
-    look = Look(source.images)
-    white_levels = look.white_levels(white_level)
-    dataset = ImageDataset(
-        source,
-        mode=look.common_mode() if image_mode == "auto" else image_mode,
-        mode_is_a_guess=image_mode == "auto",
-        resolution=resolution or _own_resolution(source, on_bad_image),
-        resolution_is_a_guess=resolution is None,
-        white_levels=white_levels,
-        on_bad_image=on_bad_image,
-    )
-    for index in look.outside(white_levels):
-        dataset[index]  # raises an error that names the image: better now than in the middle of a run
-    for note in source.notes + look.notes_on_levels(white_level):
-        dataset.add_note(note)
-    dataset.note_sizes(look.sizes, look.is_complete)
-    return dataset
-
-
-def _own_resolution(source: Source, on_bad_image: str) -> int:
-    """Side in pixels of the first image that can be decoded. Raises ValueError if it is not square."""
-    for i, entry in enumerate(source.images):
-        try:
-            width, height = load_image(entry).size
-        except BadImage as error:
-            if on_bad_image == "error":
-                raise _bad_images_error(source.name, {i: error}, len(source.images)) from error
-            continue
-        if width != height:
-            raise ValueError(f"{source.name}: image {i} is {width}x{height}, not square: pass --resolution")
-        return width
-    raise ValueError(f"{source.name}: none of the {len(source.images)} images can be decoded")
-
-
 def _bad_images_summary(name: str, bad: dict[int, Any]) -> str:
     """Name the first ten of the bad images. `bad` maps an index to the reason why that image is bad."""
     indices = sorted(bad)
-    some = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
-    return f"{name}: cannot decode {len(bad)} image(s), index {some}; the first: {bad[indices[0]]}"
+    first_indices = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+    return f"{name}: cannot decode {len(bad)} image(s), index {first_indices}; the first: {bad[indices[0]]}"
 
 
-def _bad_images_error(name: str, bad: dict[int, Any], num_images: int) -> BadImage:
+def bad_images_error(name: str, bad: dict[int, Any], num_images: int) -> BadImage:
+    """The error to raise for images that cannot be decoded: index -> reason, of a data set of `num_images`."""
     hint = " (--on_bad_image skip leaves such images out)" if len(bad) < num_images else " (no image is left)"
     return BadImage(_bad_images_summary(name, bad) + hint)
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Map-style dataset of uint8 tensors [C, resolution, resolution], decoded on access. See `open_images`.
+    """Map-style dataset of uint8 tensors [C, resolution, resolution], decoded on access. Made by `open_images`.
 
     With `on_bad_image="skip"`, the next good image stands in for one that cannot be decoded.
 
@@ -168,6 +90,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return image
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+    @property
     def nbytes(self) -> int:
         return len(self) * self.channels * self.resolution**2
 
@@ -175,18 +101,38 @@ class ImageDataset(torch.utils.data.Dataset):
     def bad_images(self) -> list[int]:
         return sorted(self._bad)
 
+    # A part of it
+
+    def hold_out(self, share: float) -> tuple["ImageDataset", "ImageDataset"]:
+        """(The others, those held out): the images divided for good, those held out evenly spaced through the data set.
+
+        Args:
+            share: of the images, in (0, 1), to hold out; at least one is, and at least one is not.
+        """
+        count = min(max(round(share * len(self)), 1), len(self) - 1)
+        held_out = [i * len(self) // count for i in range(count)]
+        others = sorted(set(range(len(self))) - set(held_out))
+        return self._part(others, "image held out"), self._part(held_out, "image not held out")
+
+    def _part(self, indices: list[int], why_not_the_others: str) -> "ImageDataset":
+        part = copy.copy(self)
+        part._source = self._source.select(indices, why_not_the_others)
+        part._images = part._source.images
+        part._bad, part._notes = set(), list(self._notes)
+        return part
+
     # What it holds, for people
 
     def describe(self) -> str:
         """One line: how many images of what, of which classes and sizes, and what was left out."""
         contents = self.contents()
-        of_files = f" of {_counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
-        left_out = ", ".join(_counted(count, reason) for reason, count in contents["left_out"].items())
+        of_files = f" of {counted(contents['files'], 'file')} in" if contents["files"] is not None else " of"
+        left_out = ", ".join(counted(count, reason) for reason, count in contents["left_out"].items())
         name = self.name
         if contents["files"] is not None and not name.endswith(os.sep):
             name += os.sep
         details = "; ".join(filter(None, [_describe_classes(contents["classes"]), range_of_sizes(self._sizes)]))
-        line = f"{_counted(contents['images'], 'image')}{of_files} {name} ({details})"
+        line = f"{counted(contents['images'], 'image')}{of_files} {name} ({details})"
         return f"{line}; left out: {left_out}" if left_out else line
 
     def contents(self) -> dict[str, Any]:
@@ -242,7 +188,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 return torch.tensor(self._fit(self._decode(i, self._images[i]))), list(bad)
             except BadImage as error:
                 bad[i] = str(error)
-        raise _bad_images_error(self.name, bad, len(self))
+        raise bad_images_error(self.name, bad, len(self))
 
     def sample(self, count: int = 512) -> torch.Tensor:
         """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
@@ -265,7 +211,7 @@ class ImageDataset(torch.utils.data.Dataset):
         images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
         pixels, bad, sizes = images.numpy(), {}, Counter()
 
-        def decode_rows(start):
+        def decode_rows(start: int) -> tuple[int, list[tuple[int, int]]]:
             entries = self._images[start : start + ROWS_PER_TASK]
             found = []
             for i, entry in enumerate(entries, start):
@@ -277,7 +223,7 @@ class ImageDataset(torch.utils.data.Dataset):
                     bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
             return len(entries), found
 
-        bar = tqdm(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
+        bar = progress_bar(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
         pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8))
         with bar, pool:
             try:
@@ -316,7 +262,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _without(self, images: torch.Tensor, bad: dict[int, str]) -> torch.Tensor:
         """Drop the images at the indices in `bad` from [N, C, H, W], or raise, as on_bad_image says."""
         if not self._skip or len(bad) == len(self):
-            raise _bad_images_error(self.name, bad, len(self))
+            raise bad_images_error(self.name, bad, len(self))
         self.note_bad_images(bad)
         logger.warning("Skipping bad images. %s", _bad_images_summary(self.name, bad))
         good = [i for i in range(len(images)) if i not in bad]
@@ -338,7 +284,7 @@ def _undecoded_bytes(entry: Entry) -> bytes:
         return b""
 
 
-def _counted(count: int, reason: str) -> str:
+def counted(count: int, reason: str) -> str:
     """ "2 hidden files", "1 .txt": what is counted in the plural if there are several."""
     if count != 1 and not reason.startswith("."):
         reason = re.sub(r"\b(image|file|folder|link)\b", r"\1s", reason, count=1)

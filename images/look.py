@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decoding import WhiteLevels, grey_or_rgb, is_deep, levels_of, load_image
+from .decoding import Entry, WhiteLevels, grey_or_rgb, is_deep, levels_of, load_image
 
 SAMPLE_SIZE = 100
 DEPTHS = (8, 10, 12, 14)  # bits of sensors whose pictures are kept in files of 16
@@ -89,7 +89,7 @@ class Look:
         return notes
 
 
-def _see(index: int, entry) -> Seen | None:
+def _see(index: int, entry: Entry) -> Seen | None:
     try:
         image = load_image(entry)
         if is_deep(image):

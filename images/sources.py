@@ -1,9 +1,10 @@
 """A name -> rows of undecoded images: a Hub data set, parquet, `save_to_disk`, a folder, an .npz, or the digits."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,6 +13,8 @@ from .folders import Listing, has_only_archives, list_folder
 from .metadata import apply_metadata
 from .records import GRID, TRAINING_RECORD, check_finished, images_of, read_record
 from .splits import ImageFiles, files_of_split, find_splits, slice_ranges
+
+Ranges = list[tuple[str, range]]  # of `slice_ranges`
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Source:
         name: as the user gave it.
         images: what `decode_image` takes, one by one or as slices.
         rows: the images, and for class folders the column `label`, as of `datasets`' imagefolder; None for an .npz.
+        column: of `rows`, where the images are.
         files: how many files were looked at; None if they are not images.
         left_out: {why: how many}.
         notes: what a person should be told.
@@ -30,10 +34,30 @@ class Source:
     name: str
     images: Sequence
     rows: datasets.Dataset | None = None
+    column: str | None = None
     classes: list[str] | None = None
     files: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def select(self, indices: Sequence[int], why_not_the_others: str) -> "Source":
+        """The images at these indices; the others are counted as left out."""
+        left_out = {**self.left_out, why_not_the_others: len(self.images) - len(indices)}
+        if self.rows is None:
+            return replace(self, images=self.images[list(indices)], left_out=left_out)
+        rows = self.rows.select(indices)
+        return replace(self, images=rows[self.column], rows=rows, left_out=left_out)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: `name` as the user gave it, and what of it; see `open_images`."""
+
+    name: str
+    config_name: str | None
+    split: str
+    cache_dir: str | None
+    image_column: str | None
 
 
 def open_source(
@@ -49,65 +73,65 @@ def open_source(
     Raises:
         ValueError: naming the flag, if there is no such source, split or image column.
     """
-    path = Path(name).expanduser()
+    request, path = Request(name, config_name, split, cache_dir, image_column), Path(name).expanduser()
     if name == "digits":
-        source = _from_rows(name, _select_rows(name, {"train": _digits()}, split), image_column)
+        source = _from_rows(request, _select_rows(request, {"train": _digits()}))
         if path.is_dir():
             source.notes.append("the data set built into scikit-learn is used; ./digits means the folder of that name")
         return source
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        return _from_npz(name, path, split)
+        return _from_npz(request, path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _from_rows(name, _saved_rows(name, path, split), image_column)
+        return _from_rows(request, _saved_rows(request, path))
     if path.is_dir():
-        return _from_folder(name, path, config_name, split, cache_dir, image_column)
-    return _from_datasets(name, path, config_name, split, cache_dir, image_column)
+        return _from_folder(request, path)
+    return _from_datasets(request, path)
 
 
 # --------------------------------------------------------------------------------------------------- folders
 
 
-def _from_folder(name, path, config_name, split, cache_dir, image_column) -> Source:
+def _from_folder(request: Request, path: Path) -> Source:
     """A local folder of images, of ours, or of files that `datasets` reads."""
     if (path / TRAINING_RECORD).is_file():
         raise ValueError(
-            f"--dataset_name {name} is the folder of a training run ({TRAINING_RECORD}), whose samples are grids: "
-            "let generate.py draw images from it into a folder of their own"
+            f"--dataset_name {request.name} is the folder of a training run ({TRAINING_RECORD}), whose samples are "
+            "grids: let generate.py draw images from it into a folder of their own"
         )
     record = read_record(path)
     if record:
-        return _from_generated(name, path, record, split, cache_dir, image_column)
+        return _from_generated(request, path, record)
     listing = list_folder(path)
     if has_only_archives(listing):
-        raise ValueError(f"--dataset_name {name} holds archives only ({_kinds(listing)}): unpack them")
+        raise ValueError(f"--dataset_name {request.name} holds archives only ({_kinds(listing)}): unpack them")
     if not listing.images:
-        return _from_datasets(name, path, config_name, split, cache_dir, image_column)
+        return _from_datasets(request, path)
     if listing.data_files:
         raise ValueError(
-            f"--dataset_name {name} holds images ({listing.images[0]}) and data files ({listing.data_files[0]}): "
-            "name one of them, or a folder of one kind"
+            f"--dataset_name {request.name} holds images ({listing.images[0]}) and data files "
+            f"({listing.data_files[0]}): name one of them, or a folder of one kind"
         )
-    if config_name is not None:
-        raise ValueError(f"--dataset_config_name {config_name}: a folder of images has no configurations")
-    return _from_image_files(name, path, listing, split, image_column)
+    if request.config_name is not None:
+        raise ValueError(f"--dataset_config_name {request.config_name}: a folder of images has no configurations")
+    return _from_image_files(request, path, listing)
 
 
-def _from_generated(name, path, record, split, cache_dir, image_column) -> Source:
+def _from_generated(request: Request, path: Path, record: dict[str, Any]) -> Source:
     """A folder of generate.py: its images, of which all must be there, without the grid."""
     images = images_of(path, record)
     if images.suffix == ".npz":
-        source = _from_npz(name, images, split)
+        source = _from_npz(request, images)
     elif record["settings"]["format"] == "parquet":
-        source = _from_datasets(name, images, None, split, cache_dir, image_column)
+        source = _from_datasets(replace(request, config_name=None), images)
     else:
-        source = _from_image_files(name, images, list_folder(images), split, image_column)
+        source = _from_image_files(request, images, list_folder(images))
     source.notes.append(f"a folder of generate.py: its images, and not its {GRID}")
-    if record["status"] != "complete" or split == "train":
+    if record["status"] != "complete" or request.split == "train":
         check_finished(path, record, len(source.images))
     return source
 
 
-def _from_image_files(name, root: Path, listing: Listing, split, image_column) -> Source:
+def _from_image_files(request: Request, root: Path, listing: Listing) -> Source:
     """The images of a listing, by its metadata, splits and classes."""
     num_metadata = len(listing.metadata)
     files = len(listing.images) + sum(n for why, n in listing.left_out.items() if "folder" not in why)
@@ -115,19 +139,19 @@ def _from_image_files(name, root: Path, listing: Listing, split, image_column) -
     files += num_metadata
     prefixes = find_splits(paths)
     splits = {each: files_of_split(paths, prefixes[each]) for each in prefixes}
-    ranges = slice_ranges(name, split, {each: len(found.paths) for each, found in splits.items()})
+    ranges = slice_ranges(request.name, request.split, {each: len(found.paths) for each, found in splits.items()})
     chosen = _choose(splits, ranges)
-    _count_unchosen(listing, paths, splits, ranges, split)
+    _count_unchosen(listing, paths, splits, ranges, request.split)
     _note_empty_folders(listing, chosen, prefixes, ranges)
     if not chosen.paths:
-        raise ValueError(f"--dataset_name {name}: the split {split!r} holds no images, of {len(paths)}")
-    source = _from_rows(name, _image_file_rows(root, chosen), image_column)
+        raise ValueError(f"--dataset_name {request.name}: the split {request.split!r} holds no images, of {len(paths)}")
+    source = _from_rows(request, _image_file_rows(root, chosen))
     source.classes, source.files = chosen.classes, files
     source.left_out, source.notes = dict(listing.left_out), listing.notes
     return source
 
 
-def _choose(splits: dict[str, ImageFiles], ranges) -> ImageFiles:
+def _choose(splits: dict[str, ImageFiles], ranges: Ranges) -> ImageFiles:
     """The parts of splits that a slice asks for; classes only where all the parts agree on them."""
     parts = [(splits[split], rows) for split, rows in ranges]
     paths = [path for part, rows in parts for path in part.paths[rows.start : rows.stop]]
@@ -137,7 +161,9 @@ def _choose(splits: dict[str, ImageFiles], ranges) -> ImageFiles:
     return ImageFiles(paths, classes, [i for part, rows in parts for i in part.labels[rows.start : rows.stop]])
 
 
-def _count_unchosen(listing, paths, splits, ranges, split) -> None:
+def _count_unchosen(
+    listing: Listing, paths: list[str], splits: dict[str, ImageFiles], ranges: Ranges, split: str
+) -> None:
     """Count the images of other splits, beside the splits, and outside the slice."""
     asked = {each for each, _ in ranges}
     for each, found in splits.items():
@@ -153,7 +179,7 @@ def _count_unchosen(listing, paths, splits, ranges, split) -> None:
         listing.left_out[f"image outside {split}"] += outside
 
 
-def _note_empty_folders(listing, chosen: ImageFiles, prefixes, ranges) -> None:
+def _note_empty_folders(listing: Listing, chosen: ImageFiles, prefixes: dict[str, list[str]], ranges: Ranges) -> None:
     """Say which folders at the level of the classes hold no image: people count classes by folders."""
     if chosen.classes is None:
         return
@@ -190,7 +216,7 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(pixels)}, features=features)
 
 
-def _from_npz(name: str, path: Path, split: str) -> Source:
+def _from_npz(request: Request, path: Path) -> Source:
     """The first array of an .npz file, `arr_0`: uint8 [N, H, W, 1 or 3], as ADM's evaluator has it."""
     if not path.is_file():
         raise ValueError(f"--dataset_name: {path}: no such file")
@@ -203,28 +229,29 @@ def _from_npz(name: str, path: Path, split: str) -> Source:
         raise ValueError(
             f"--dataset_name: {path}: arr_0 must be uint8 [N, H, W, 1 or 3], not {pixels.dtype} {list(pixels.shape)}"
         )
-    ranges = slice_ranges(name, split, {"train": len(pixels)})
+    ranges = slice_ranges(request.name, request.split, {"train": len(pixels)})
     parts = [pixels[rows.start : rows.stop] for _, rows in ranges]
-    return Source(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return Source(request.name, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-def _saved_rows(name: str, path: Path, split: str) -> datasets.Dataset:
-    splits = _call(name, datasets.load_from_disk, dataset_path=str(path))
+def _saved_rows(request: Request, path: Path) -> datasets.Dataset:
+    splits = _call(request.name, datasets.load_from_disk, dataset_path=str(path))
     if isinstance(splits, datasets.Dataset):  # a single split
         splits = {str(splits.split or "train"): splits}
-    return _select_rows(name, splits, split)
+    return _select_rows(request, splits)
 
 
-def _select_rows(name: str, splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    ranges = slice_ranges(name, split, {each: len(rows) for each, rows in splits.items()})
+def _select_rows(request: Request, splits: dict[str, datasets.Dataset]) -> datasets.Dataset:
+    ranges = slice_ranges(request.name, request.split, {each: len(rows) for each, rows in splits.items()})
     parts = [splits[each].select(rows) for each, rows in ranges]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _from_datasets(name, path, config_name, split, cache_dir, image_column) -> Source:
+def _from_datasets(request: Request, path: Path) -> Source:
     """What the `datasets` library reads: parquet and others in a folder, or the Hub."""
-    arguments = {"name": config_name, "split": split, "cache_dir": cache_dir, **_location(name, path)}
-    return _from_rows(name, _call(name, datasets.load_dataset, **arguments), image_column)
+    arguments = {"name": request.config_name, "split": request.split, "cache_dir": request.cache_dir}
+    arguments |= _location(request.name, path)
+    return _from_rows(request, _call(request.name, datasets.load_dataset, **arguments))
 
 
 def _location(name: str, path: Path) -> dict[str, str]:
@@ -240,7 +267,7 @@ def _location(name: str, path: Path) -> dict[str, str]:
     return {"path": name}
 
 
-def _call(name, load, /, **arguments):
+def _call(name: str, load: Callable, /, **arguments: Any) -> Any:
     """Call a loader of the `datasets` library, and sum up its error in one ValueError."""
     try:
         return load(**arguments)
@@ -256,8 +283,9 @@ def _call(name, load, /, **arguments):
     raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}")  # outside the except: one traceback
 
 
-def _from_rows(name: str, rows: datasets.Dataset, image_column: str | None) -> Source:
+def _from_rows(request: Request, rows: datasets.Dataset) -> Source:
     """Find the image column by its type, and leave it undecoded."""
+    name, image_column = request.name, request.image_column
     columns = ", ".join(f"{column}: {feature}" for column, feature in rows.features.items())
     found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if image_column is not None and image_column not in rows.features:
@@ -273,4 +301,4 @@ def _from_rows(name: str, rows: datasets.Dataset, image_column: str | None) -> S
         raise ValueError(f"--image_column {column} holds no images, but {rows.features[column]}") from error
     label = rows.features.get("label")
     classes = list(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return Source(name, rows[column], rows, classes)
+    return Source(name, rows[column], rows, column, classes)

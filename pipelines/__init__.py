@@ -1,14 +1,11 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
+from pipelines.checks import image_shape
+from pipelines.denoising import denoising_steps
 from pipelines.kernels import choose_kernels
 from pipelines.loading import check_variant, load_configs, load_pipeline
-from pipelines.unconditional import (
-    UnconditionalPipeline,
-    denoising_steps,
-    image_shape,
-    make_grid_image,
-    to_pil,
-)
+from pipelines.pictures import make_grid_image, to_pil
+from pipelines.unconditional import UnconditionalPipeline
 
 __all__ = [
     "UnconditionalPipeline",

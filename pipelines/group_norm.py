@@ -1,14 +1,16 @@
 """Group normalisation and SiLU in one, for compiled code on a CPU."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 
-def fuse_group_norms(unet):
+def fuse_group_norms(unet: UNet2DModel) -> None:
     """Make each `nn.GroupNorm` of a `UNet2DModel` a `FusedGroupNorm`, and move the SiLU behind it into it.
 
     A residual block has one SiLU for all its places, so that of the time embedding moves into the layer behind.
@@ -32,7 +34,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
     activated = False
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, ...] -> the same shape and type."""
         return GroupNormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.activated)
 
@@ -40,7 +42,7 @@ class FusedGroupNorm(nn.GroupNorm):
 class SiLULinear(nn.Linear):
     """`nn.Linear` of its input's SiLU."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.silu(x))
 
 
@@ -57,7 +59,15 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx, x, weight, bias, num_groups, eps, activated):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        num_groups: int,
+        eps: float,
+        activated: bool,
+    ) -> torch.Tensor:
         pixels = tuple(range(2, x.ndim))
         values, weight, bias = x.float(), weight.float(), bias.float()
         # Differences from a pixel, so that a large mean costs no digits; one pass adds up both sums.
@@ -79,7 +89,7 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # compiled, it would be as the forward pass's
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """dL/dx = g scale - (mean(g w) + z mean(g w z)) / std; g = dL/dy, z = (x - mean) / std, means of a group."""
         x, weight, mean, inverse_std, scale, shift = ctx.saved_tensors
         num_groups, pixels = mean.shape[1], tuple(range(2, x.ndim))
@@ -103,22 +113,22 @@ class GroupNormSiLU(torch.autograd.Function):
         return dx.to(x.dtype), dweight, sums.sum(0), None, None, None
 
 
-def in_groups(table, num_groups):
+def in_groups(table: torch.Tensor, num_groups: int) -> torch.Tensor:
     """[N, C] as [N, G, C/G]."""
     return table.unflatten(1, (num_groups, -1))
 
 
-def group_members(weight, num_groups):
+def group_members(weight: torch.Tensor, num_groups: int) -> torch.Tensor:
     """[G, C]: 1 where a channel is of a group, else 0."""
     group = torch.arange(len(weight), device=weight.device) // (len(weight) // num_groups)
     return (torch.arange(num_groups, device=weight.device)[:, None] == group).float()
 
 
-def at_each_pixel(table, x):
+def at_each_pixel(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[N, C] as [N, C, 1, ...], to be taken with `x`."""
     return table[(..., *[None] * (x.ndim - 2))]
 
 
-def sigmoid(y):
+def sigmoid(y: torch.Tensor) -> torch.Tensor:
     """`torch.sigmoid`, by an exponential that Inductor does not take for one: see `GroupNormSiLU`."""
     return 1 / (1 + torch.exp2(y * (-1 / math.log(2))))

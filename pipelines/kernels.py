@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.upsampling import Upsample2D
 
@@ -14,7 +15,9 @@ from pipelines.group_norm import fuse_group_norms
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def choose_kernels(unet, device, mixed_precision, compiled, mode=None):
+def choose_kernels(
+    unet: UNet2DModel, device: torch.device, mixed_precision: str, compiled: bool, mode: str | None = None
+) -> None:
     """Let the network use what is fastest on a device.
 
     On a CPU, the process keeps the memory it has freed, and `FusedUpsample2D` halves the time of upsampling. The
@@ -50,7 +53,7 @@ class FusedUpsample2D(Upsample2D):
     w makes that a 4x4 one, w convolved with the ones: in one dimension, w_2, w_2 + w_1, w_1 + w_0, w_0.
     """
 
-    def forward(self, hidden_states, output_size=None):
+    def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         """[N, C, H, W] -> [N, C', 2H, 2W], or to `output_size`."""
         if output_size is not None:
             return super().forward(hidden_states, output_size)
@@ -64,7 +67,7 @@ class FusedUpsample2D(Upsample2D):
         return convolution(bias=self.conv.bias)
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let glibc keep what is freed, for the whole process, until it ends; elsewhere, do nothing.
 
     By default it gives large blocks back to the system at once. Each activation of a network on a CPU is then made of

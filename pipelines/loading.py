@@ -10,7 +10,9 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from pipelines.unconditional import UnconditionalPipeline, check_scheduler, image_shape, nonfinite_weights
+from pipelines.checks import check_forward, check_scheduler, image_shape
+from pipelines.unconditional import UnconditionalPipeline
+from pipelines.weights import nonfinite_weights
 
 MAX_TRAIN_TIMESTEPS = 10**6  # more is a typing error, and its tables could exhaust the memory
 # diffusers' names: diffusion_pytorch_model[.VARIANT][-00001-of-00002].safetensors; older shards had the variant last
@@ -39,7 +41,7 @@ def load_pipeline(name_or_path: str, variant: str | None = None) -> Unconditiona
     # diffusers leaves what the file lacks without any memory
     if missing := [name for name, tensor in pipeline.unet.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{name_or_path}: its weights lack {shortened(missing)}, which its config asks for")
-    if names := nonfinite_weights(pipeline.unet):
+    if names := nonfinite_weights(pipeline.unet.state_dict().items()):
         raise ValueError(f"{name_or_path}: its weights are not finite (NaN or infinity): {shortened(names)}")
     pipeline.unet.float()
     return pipeline
@@ -55,8 +57,8 @@ def check_variant(name_or_path: str, variant: str | None) -> None:
     if not found:
         raise ValueError(f"{name_or_path} has no weights (unet/diffusion_pytorch_model.safetensors or .bin)")
     asked = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
-    there = " or ".join(f"--variant {name}" if name else "no --variant" for name in sorted(found, key=str))
-    raise ValueError(f"{name_or_path} has no {asked}, but those for {there}")
+    alternatives = " or ".join(f"--variant {name}" if name else "no --variant" for name in sorted(found, key=str))
+    raise ValueError(f"{name_or_path} has no {asked}, but those for {alternatives}")
 
 
 def weight_variants(folder: str) -> dict[str | None, set[str]]:
@@ -125,10 +127,9 @@ def check_train_timesteps(scheduler_config: dict[str, Any]) -> None:
 def check_unet_config(config: dict[str, Any]) -> None:
     """Build the network and run it once, without any memory: it must make images of its own shape."""
     shape = image_shape(config)
-    with torch.device("meta"), torch.no_grad():
-        output = UNet2DModel.from_config(config)(torch.empty(1, *shape), torch.zeros((), dtype=torch.long)).sample
-    if output.shape[1:] != shape:
-        raise ValueError(f"images of {list(shape)} come out as {list(output.shape[1:])}")
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(config)
+    check_forward(unet, shape)
 
 
 @contextmanager

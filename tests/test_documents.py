@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import fields
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -26,10 +26,11 @@ import swap_test
 import throughput
 
 import compare
-import evaluate
-import generate
 import samplers
+from comparison.options import ComparisonOptions
+from generation.options import GenerationOptions
 from recipes import load_recipes, parse_options
+from scoring.options import EvaluationOptions
 from train_adaptive_ddpm import command_line
 from training.options import TrainingOptions
 
@@ -39,6 +40,7 @@ DOCUMENTS = sorted(
     {*(file for folder in FOLDERS for file in (REPOSITORY / folder).glob("*.md")), *REPOSITORY.glob("docs/**/*.md")}
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
+COMPARISONS = ("comparison_cifar10_16x16", "comparison_digits")  # the columns of the README's table
 TEST_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt pytest pytest-xdist hypothesis ruff "
     "&& .venv/bin/ruff check . && .venv/bin/python -m pytest -n 2"
@@ -47,9 +49,9 @@ TEST_COMMAND = (
 # What a script's flags are understood by; "--" and what follows it is the training script's
 OPTIONS = {
     "train_adaptive_ddpm.py": TrainingOptions,
-    "generate.py": generate.GenerationOptions,
-    "evaluate.py": evaluate.EvaluationOptions,
-    "compare.py": compare.ComparisonOptions,
+    "generate.py": GenerationOptions,
+    "evaluate.py": EvaluationOptions,
+    "compare.py": ComparisonOptions,
     "gradient_probe.py": gradient_probe.ProbeOptions,
     "method_pictures.py": method_pictures.PictureOptions,
     "rivals_behaviour.py": rivals_behaviour.BehaviourArguments,
@@ -240,36 +242,36 @@ def test_the_readme_is_short_and_has_the_test_command():
     assert [line for line in lines if "python -m pytest" in line] == [TEST_COMMAND]  # .ci/run takes the first
 
 
-def test_every_method_and_part_is_in_the_table_of_methods():
+def test_every_method_has_its_row_and_every_part_is_named():
     text = (REPOSITORY / "docs" / "rivals.md").read_text()
     rows = {method: line for line, method in re.findall(r"^(\| `(\w+)` .*)$", text, re.MULTILINE)}
     assert set(rows) == set(samplers.METHODS)
     for method, parts in samplers.METHODS.items():
-        shown = rows[method]
-        for part in {parts.timestep_sampler, parts.loss_weighting, parts.error_filter} - {"none"}:
-            assert f"`{part}`" in shown or f"--error_filter {part}`" in shown, (method, part)
-    assert {parts.timestep_sampler for parts in samplers.METHODS.values()} == set(samplers.TIMESTEP_SAMPLERS)
+        for part in set(parts) - {"none"}:
+            assert f"`{part}`" in rows[method] or f"--error_filter {part}`" in rows[method], (method, part)
+    for part in {name for registry in samplers.PARTS.values() for name in registry}:
+        assert f"`{part}`" in text or f"--error_filter {part}`" in text, part
 
 
-@pytest.mark.parametrize("comparison", ["comparison_cifar10_16x16", "comparison_digits"])
-def test_the_tables_of_results_are_those_of_the_records(comparison):
+def recorded_table(comparison):
+    """[header, *rows] of the table that compare.py has left."""
     record = (REPOSITORY / "benchmarks" / "results" / comparison / "table.md").read_text()
-    rows = [line for line in record.splitlines() if line.startswith("| ")]
+    return [line for line in record.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_the_tables_of_results_are_those_of_the_records(comparison):
+    header, *rows = recorded_table(comparison)
     text = (REPOSITORY / "docs" / "results.md").read_text()
-    assert "\n".join([rows[0], "|---" * (rows[0].count("|") - 1) + "|", *rows[1:]]) in text
+    assert "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]) in text
 
 
 def test_the_readmes_table_is_that_of_the_records():
-    records = [
-        (REPOSITORY / "benchmarks" / "results" / name / "results.json")
-        for name in ("comparison_cifar10_16x16", "comparison_digits")
-    ]
-    methods = [compare.summarise(compare.read_results(path, "--join")) for path in records]
+    expected = {}
+    for row in chain.from_iterable(recorded_table(comparison)[1:] for comparison in COMPARISONS):
+        method, *_, final_score, _speed_up, _rate, seeds = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        expected.setdefault(method, []).append((final_score if seeds != "1" else f"{final_score} (one seed)", seeds))
+    several = {method: cells for method, cells in expected.items() if any(seeds != "1" for _, seeds in cells)}
     rows = re.findall(r"^\| \**`(\w+)`\** \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
-    several = {method for summaries in methods for method, summary in summaries.items() if len(summary["runs"]) > 1}
-    assert {row[0] for row in rows} == several
-    for method, *cells in rows:
-        for cell, summaries in zip(cells, methods, strict=True):
-            mean, spread = summaries[method]["means"][-1], summaries[method]["spreads"][-1]
-            expected = f"{mean:.3f} (one seed)" if spread is None else f"{mean:.3f} ± {spread:.3f}"
-            assert cell.replace("*", "") == expected, (method, cell)
+    shown = {method: [cell.replace("*", "") for cell in cells] for method, *cells in rows}
+    assert shown == {method: [score for score, _ in cells] for method, cells in several.items()}

@@ -16,10 +16,10 @@ from conftest import REPOSITORY, TINY_UNET, Run
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub.utils import filter_repo_objects
 
-from training import report
+from training import hub
 from training.checkpoints import discard_checkpoints_after
 from training.folder_lock import LOCK_FILE, folder_lock
-from training.options import TrainingOptions
+from training.options import HubOptions
 from training.output import CHECKPOINTS, LIST_FILE, OPTIONS_FILE, RESULTS, OutputDir, check_output_dir
 
 
@@ -137,11 +137,10 @@ def test_a_given_up_checkpoint_behind_a_link_is_refused(output, tmp_path):
 
 def test_files_of_others_are_not_uploaded(output, monkeypatch):
     asked = {}
-    monkeypatch.setattr(report, "upload_folder", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr(hub, "upload_folder", lambda **arguments: asked.update(arguments))
     output.path("unet/config.json")
     write(output.folder, "unet/config.json", "notes.txt")
-    options = TrainingOptions(output_dir=str(output.folder))
-    report.upload_to_hub("me/model", output, options)
+    hub.HubUpload(HubOptions(push_to_hub=True), output, "logs").upload()
     uploaded = filter_repo_objects(
         ["unet/config.json", "notes.txt"],
         allow_patterns=asked["allow_patterns"],
@@ -352,10 +351,10 @@ def test_every_script_holds_the_folder_that_it_writes_to(script, tmp_path):
 
 
 def slow_steps(script, seconds):
-    import training.step as training_step
+    from training.denoiser import Denoiser
 
-    original = training_step.epsilon_errors
-    training_step.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = Denoiser.epsilon_errors
+    Denoiser.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 @pytest.mark.parametrize("second", [(), ("--resume_from_checkpoint", "latest"), ("--overwrite_output_dir",)])

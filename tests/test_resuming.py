@@ -12,7 +12,7 @@ import yaml
 from conftest import ADAPTING, Run
 from safetensors.torch import load_file
 
-import training.step as training_step
+from training.denoiser import Denoiser
 
 
 def kill_at(script, module, function, call, after):
@@ -37,7 +37,7 @@ def kill_at(script, module, function, call, after):
 
 def signal_at(script, at, number):
     """Send this process a signal within a training step."""
-    original = training_step.epsilon_errors
+    original = Denoiser.epsilon_errors
     calls = iter(range(10**6))
 
     def interrupted(*args):
@@ -45,7 +45,7 @@ def signal_at(script, at, number):
             os.kill(os.getpid(), number)
         return original(*args)
 
-    training_step.epsilon_errors = interrupted
+    Denoiser.epsilon_errors = interrupted
 
 
 def final_state(folder):
@@ -87,13 +87,13 @@ def train(train):
 
 
 KILLS = {  # module, function, number of its call, and whether the kill comes after the call
-    "in the first step": ("training.step", "epsilon_errors", 1, False),
-    "between two checkpoints": ("training.step", "epsilon_errors", 16, False),
-    "as a save begins": ("train_adaptive_ddpm", "save_checkpoint", 2, False),
+    "in the first step": ("train_adaptive_ddpm", "mean_squares", 1, False),
+    "between two checkpoints": ("train_adaptive_ddpm", "mean_squares", 16, False),
+    "as a save begins": ("training.state", "save_checkpoint", 2, False),
     "inside a save, before the manifest": ("training.checkpoints", "_checksums", 2, False),
     "inside a save, before the rename": ("training.checkpoints", "_checksums", 2, True),
     "before old checkpoints are deleted": ("training.checkpoints", "list_checkpoints", 3, False),
-    "before the pipeline is saved": ("train_adaptive_ddpm", "save_pipeline", 1, False),
+    "before the pipeline is saved": ("training.results", "save_pipeline", 1, False),
     "inside a save, before the sampler's state": ("accelerate.accelerator", "save_accelerator_state", 3, True),
     "inside the saving of the pipeline": ("training.saving", "named_save_errors", 1, True),
     "between two parts of the pipeline": ("os", "replace", 6, False),
@@ -133,8 +133,8 @@ def test_killed_from_outside_at_no_chosen_moment(train, never_stopped):
 
 
 def slow_down(script, seconds):
-    original = training_step.epsilon_errors
-    training_step.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = Denoiser.epsilon_errors
+    Denoiser.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 @pytest.mark.parametrize("harm", ["cut short", "changed", "missing", "no manifest"])
@@ -189,7 +189,7 @@ def test_another_runs_checkpoint_can_be_gone_on_from(train, never_stopped, tmp_p
 
 def test_another_runs_checkpoint_is_kept_from_the_first_moment(train, never_stopped):
     """So that a run killed before a checkpoint of its own goes on from there, and not from nothing."""
-    deadly = functools.partial(kill_at, module="training.step", function="epsilon_errors", call=1, after=False)
+    deadly = functools.partial(kill_at, module="train_adaptive_ddpm", function="mean_squares", call=1, after=False)
     flags = ("--resume_from_checkpoint", never_stopped.folder / "checkpoint-18")
     train("elsewhere", *flags, tamper=deadly).wait(-signal.SIGKILL)
     resumed = train("elsewhere", "--resume_from_checkpoint", "latest").wait()
@@ -228,14 +228,14 @@ def test_streamed_data_resume_alike(train):
 
 def poison(script, steps):
     """Make the loss NaN in these steps."""
-    original = training_step.epsilon_errors
+    original = Denoiser.epsilon_errors
     calls = iter(range(10**6))
 
     def poisoned(*args):
         errors = original(*args)
         return errors * float("nan") if next(calls) in steps else errors
 
-    training_step.epsilon_errors = poisoned
+    Denoiser.epsilon_errors = poisoned
 
 
 def test_a_nan_is_skipped_counted_and_does_no_harm(train):

@@ -16,7 +16,7 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training.ema import WeightAverage, whole
+from training.ema import WeightAverage, full_tensor
 from training.stopping import NonFiniteGuard
 
 folder, sharded = sys.argv[1], sys.argv[2] == "sharded"
@@ -34,7 +34,7 @@ def train(steps):
     for step in range(steps):
         x = torch.ones(4, 6) * (float("nan") if step == 2 else step + 1)
         model(x).square().mean().backward()
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         guard.observe(norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -46,12 +46,12 @@ state = copy.deepcopy(ema.state_dict())  # a state dict shares memory with what 
 train(3)
 fresh = WeightAverage(model.parameters(), use_ema_warmup=True)
 fresh.load_state_dict(state)
-restored = [whole(p).clone() for p in fresh.shadow_params]
+restored = [full_tensor(p).clone() for p in fresh.shadow_params]
 fresh.step(model.parameters())
 out = {
-    "weights": [whole(p.detach()) for p in model.parameters()],
-    "average": [whole(p) for p in ema.shadow_params],
-    "saved": state["shadow_params"], "restored": restored, "stepped": [whole(p) for p in fresh.shadow_params],
+    "weights": [full_tensor(p.detach()) for p in model.parameters()],
+    "average": [full_tensor(p) for p in ema.shadow_params],
+    "saved": state["shadow_params"], "restored": restored, "stepped": [full_tensor(p) for p in fresh.shadow_params],
     "skipped": guard.check(),
 }
 if not sharded or torch.distributed.get_rank() == 0:

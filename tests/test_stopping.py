@@ -18,10 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import training.clock
-import training.step as training_step
 from training.checkpoints import checkpoint_damage
 from training.clock import PhaseClock, process_age
-from training.metrics import read_metrics
+from training.log import read_metrics
 from training.stopping import StopCondition, is_launcher
 
 
@@ -34,15 +33,15 @@ def last_line(run):
 
 def poison_weights(script, step, which):
     """Make the weights, or their average, NaN after `step` updates."""
-    original, calls = training_step.TrainingStep.__call__, iter(range(1, 10**6))
+    original, calls = script.train_step, iter(range(1, 10**6))
 
-    def poisoned(self, number, images):
-        original(self, number, images)
+    def poisoned(state, *args):
+        original(state, *args)
         if next(calls) == step:
-            tensors = self.unet.parameters() if which == "weights" else self.ema.shadow_params
+            tensors = state.network.parameters() if which == "weights" else state.ema.shadow_params
             next(iter(tensors)).data.fill_(float("nan"))
 
-    training_step.TrainingStep.__call__ = poisoned
+    script.train_step = poisoned
 
 
 @pytest.mark.parametrize("which", ["weights", "averaged weights"])
@@ -83,15 +82,15 @@ def add_picture(folder, i):
 
 def remove_pictures(script, folder, step):
     """Delete every second picture once `step` updates are made."""
-    original, calls = training_step.TrainingStep.__call__, iter(range(1, 10**6))
+    original, calls = script.train_step, iter(range(1, 10**6))
 
-    def step_and_remove(self, number, images):
-        original(self, number, images)
+    def step_and_remove(*args):
+        original(*args)
         if next(calls) == step:
             for path in sorted(folder.glob("*.png"))[::2]:
                 path.unlink()
 
-    training_step.TrainingStep.__call__ = step_and_remove
+    script.train_step = step_and_remove
 
 
 @pytest.mark.parametrize("workers", [0, 1])

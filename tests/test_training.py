@@ -16,13 +16,12 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
-import training.step as training_step
-from feature_extractors import load_extractor
 from images import open_images
 from pipelines import UnconditionalPipeline
 from samplers import METHODS
+from scoring.feature_extractors import load_extractor
+from training.denoiser import Denoiser
 from training.ema import WeightAverage
-from training.models import epsilon_errors, epsilon_scale_of
 
 # Adam turns rounding into steps of full length where a gradient is zero (attention's key bias), and flips the signs of
 # small ones; with a large epsilon it is SGD with momentum, under which equal gradients stay equal within rounding.
@@ -41,14 +40,14 @@ def distance(a, b):
 def noise_from_image(script):
     """Tie each image's noise to its pixels, in place of its position in the batch."""
 
-    original = training_step.epsilon_errors
+    original = Denoiser.epsilon_errors
 
-    def with_own_noise(unet, noise_scheduler, images, noise, *args):
+    def with_own_noise(self, images, noise, timesteps):
         seeds = ((images + 1) * 127.5).round().long().flatten(1) @ torch.arange(1, images[0].numel() + 1)
         noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-        return original(unet, noise_scheduler, images, torch.stack(noise), *args)
+        return original(self, images, torch.stack(noise), timesteps)
 
-    training_step.epsilon_errors = with_own_noise
+    Denoiser.epsilon_errors = with_own_noise
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -119,8 +118,7 @@ def test_one_guess_has_the_same_epsilon_errors_whatever_it_is_a_prediction_of():
             v = abar.sqrt() * eps - (1 - abar).sqrt() * guess
             return [{"epsilon": eps, "v_prediction": v, "sample": guess}[prediction_type]]
 
-        scale = epsilon_scale_of(scheduler, "cpu")
-        errors.append(epsilon_errors(unet, scheduler, images, noise, timesteps, scale).abs())
+        errors.append(Denoiser(unet, scheduler).epsilon_errors(images, noise, timesteps).abs())
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(errors[2], errors[0], rtol=1e-3, atol=1e-4)
 
@@ -185,14 +183,14 @@ def launch_two_processes(folder, *flags):
 
 def record_draws(path, script):
     """Keep the timesteps and the noise of every batch that goes through the network."""
-    original, batches = training_step.epsilon_errors, []
+    original, batches = Denoiser.epsilon_errors, []
 
-    def recording(unet, noise_scheduler, images, noise, timesteps, *args):
+    def recording(self, images, noise, timesteps):
         batches.append((timesteps, noise))
         torch.save(batches, path)
-        return original(unet, noise_scheduler, images, noise, timesteps, *args)
+        return original(self, images, noise, timesteps)
 
-    training_step.epsilon_errors = recording
+    Denoiser.epsilon_errors = recording
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +18,13 @@ class PhaseClock:
         seconds: totals to start from (of the part of the run before a resume).
     """
 
-    def __init__(self, device=None, seconds=None):
+    def __init__(self, device: torch.device | str | None = None, seconds: dict[str, float] | None = None):
         self.totals = dict(seconds or {})
         self._device = torch.device(device or "cpu")
         self._phase, self._since = "setup", time.perf_counter() - process_age()
 
     @contextmanager
-    def phase(self, name):
+    def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the block for `name`, then go back to the phase before."""
         outer = self._phase
         self._switch(name)
@@ -32,12 +33,12 @@ class PhaseClock:
         finally:
             self._switch(outer)
 
-    def seconds(self, name):
+    def seconds(self, name: str) -> float:
         """Seconds spent in a phase so far, without waiting for the device."""
         running = time.perf_counter() - self._since if name == self._phase else 0.0
         return self.totals.get(name, 0.0) + running
 
-    def report(self):
+    def report(self) -> dict[str, float]:
         """{phase: seconds} of all phases, rounded to milliseconds."""
         return {name: round(self.seconds(name), 3) for name in {**self.totals, self._phase: 0}}
 
@@ -48,7 +49,7 @@ class PhaseClock:
         self._phase, self._since = name, time.perf_counter()
 
 
-def process_age():
+def process_age() -> float:
     """Seconds since this process was started, by the kernel's clock since boot, which nobody sets; 0 where there is
     none (outside Linux)."""
     try:

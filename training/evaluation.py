@@ -1,25 +1,70 @@
 """The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
 
-from feature_extractors import make_frechet_metric
-from images import training_batches
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from diffusers import DDPMPipeline
+
+from images import ImageDataset, training_batches
 from pipelines import UnconditionalPipeline
+from scoring.frechet_metric import make_frechet_metric
+
+from .clock import PhaseClock
+from .options import ScoreOptions, TrainingOptions
+from .validation import NUM_EXAMPLES, ValidationLoss
 
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
+
+
+def build_evaluation(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    dataset: ImageDataset,
+    validation_images: ImageDataset | None,
+    clock: PhaseClock,
+) -> tuple["Evaluator | None", ValidationLoss | None]:
+    """What measures the model during training, as far as the options want it: by its samples, and by its loss.
+
+    Raises:
+        ValueError: of `Evaluator`, or of validation images that cannot be read.
+    """
+    evaluator = validation = None
+    batch_size, seed = options.train_batch_size, options.seed
+    if options.eval_steps or options.eval_seconds:
+        with clock.phase("eval"):
+            evaluator = Evaluator(options, dataset, accelerator, seed, batch_size)
+            evaluator.add_reference()
+    if validation_images:
+        images = validation_images.sample(NUM_EXAMPLES)
+        validation = ValidationLoss(images, options.ddpm_num_steps, batch_size, accelerator)
+    return evaluator, validation
 
 
 class Evaluator:
     """Scores samples against the training set; each process draws, and looks at, its share of the images.
 
     Args:
-        options: the run's; `eval_*` say how many images to draw, and how to look at them.
+        options: how many images to draw, and how to look at them.
         dataset: the training set, of which 10,000 images (or `eval_num_images`, if that is more) are the reference.
+        accelerator: whose processes share the work.
+        seed: of the samples, and of the choice of the reference.
+        batch_size: images at a time.
 
     Raises:
         ValueError: an unknown feature extractor, or one with more features than there are images to draw.
     """
 
-    def __init__(self, options, dataset, accelerator):
+    def __init__(
+        self,
+        options: ScoreOptions,
+        dataset: ImageDataset,
+        accelerator: Accelerator | PartialState,
+        seed: int,
+        batch_size: int,
+    ):
         self.options, self.dataset, self.device = options, dataset, accelerator.device
+        self.seed, self.batch_size = seed, batch_size
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         weights = options.eval_feature_extractor_weights
         self.metric = make_frechet_metric(options.eval_feature_extractor, weights, self.device)
@@ -31,7 +76,12 @@ class Evaluator:
         self.name = self.metric.inception.score_name
         self.has_reference = False
 
-    def score(self, pipeline, is_abandoned=lambda: False):
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the score depends on, for a record of it."""
+        return {name: getattr(self.options, name) for name in ("eval_num_images", "eval_num_inference_steps")}
+
+    def score(self, pipeline: DDPMPipeline, is_abandoned: Callable[[], bool] = lambda: False) -> float | None:
         """The Fréchet distance of `eval_num_images` samples; all processes must call it.
 
         Args:
@@ -46,19 +96,19 @@ class Evaluator:
                 self.metric.reset()
                 return None
             if indices:
-                images = sampler.sample(indices, self.options.seed, self.options.eval_num_inference_steps)
+                images = sampler.sample(indices, self.seed, self.options.eval_num_inference_steps)
                 self.metric.update(images, real=False)
         score = self.metric.compute().item()
         self.metric.reset()  # but for the reference
         return score
 
-    def add_reference(self):
+    def add_reference(self) -> None:
         """Look at the reference images, once; all processes must call it. The first score does, if nobody has."""
         shares = self._shares(min(len(self.dataset), max(self.options.eval_num_images, MIN_REFERENCE)))
         batches = training_batches(
             self.dataset,
-            self.options.train_batch_size,
-            seed=self.options.seed,
+            self.batch_size,
+            seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
             device=self.device,
@@ -68,7 +118,7 @@ class Evaluator:
             self.metric.update(images[: len(share)], real=True)
         self.has_reference = True
 
-    def _shares(self, count):
+    def _shares(self, count: int) -> list[range]:
         """This process's part of the numbers 0 .. count-1, in as many batches as all others; empty ones last."""
-        share, batch_size = range(self.rank, count, self.world_size), self.options.train_batch_size
+        share, batch_size = range(self.rank, count, self.world_size), self.batch_size
         return [share[i : i + batch_size] for i in range(0, -(-count // self.world_size), batch_size)]

@@ -1,18 +1,20 @@
 """The network, the noise schedule and the timestep sampler, from options."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 
 from pipelines import denoising_steps
-from samplers import PARTS, NoiseSchedule, epsilon_loss_scale, make_timestep_sampler
+from samplers import PARTS, Method, NoiseSchedule, TimestepSampler, make_timestep_sampler, resolve_method
 
-from .ema import whole
+from .options import MethodOptions, ModelOptions
 
 
-def build_unet(options, channels, resolution):
+def build_unet(options: ModelOptions, channels: int, resolution: int) -> UNet2DModel:
     """The `UNet2DModel` to train: DDPM's, or that of `--model_config_name_or_path`, with `--unet` over it.
 
     Raises:
@@ -31,7 +33,7 @@ def build_unet(options, channels, resolution):
     )
 
 
-def unet_config(options, channels, resolution):
+def unet_config(options: ModelOptions, channels: int, resolution: int) -> dict[str, Any]:
     """Keyword arguments of the `UNet2DModel` to train."""
     if options.model_config_name_or_path:
         config = load_unet_config(options.model_config_name_or_path)
@@ -44,13 +46,13 @@ def unet_config(options, channels, resolution):
     return config | options.unet | by_data
 
 
-def unet_on_meta(config):
+def unet_on_meta(config: dict[str, Any]) -> UNet2DModel:
     """A `UNet2DModel` whose weights have shapes alone: it takes no memory, and moves no random state."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return UNet2DModel(**config)
 
 
-def try_forward(unet, channels, resolution):
+def try_forward(unet: UNet2DModel, channels: int, resolution: int) -> None:
     """Call the network on tensors that have a shape alone.
 
     Raises:
@@ -64,7 +66,7 @@ def try_forward(unet, channels, resolution):
 
 
 @contextmanager
-def _named_unet_errors(options):
+def _named_unet_errors(options: ModelOptions) -> Iterator[None]:
     """Whatever diffusers and torch raise for settings that they cannot use, with the flag that they came from."""
     try:
         yield
@@ -75,7 +77,7 @@ def _named_unet_errors(options):
         raise ValueError(f"{flag}: UNet2DModel cannot use it: {type(error).__name__}: {error}") from error
 
 
-def load_unet_config(name_or_path):
+def load_unet_config(name_or_path: str) -> dict[str, Any]:
     """The settings of a saved UNet2DModel: a folder, a pipeline's folder, a JSON file or a Hub id.
 
     Raises:
@@ -96,7 +98,7 @@ def load_unet_config(name_or_path):
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def default_unet_config(resolution):
+def default_unet_config(resolution: int) -> dict[str, Any]:
     """DDPM's U-Net (arXiv 2006.11239, appendix B): widths doubled on the way down to 4x4, attention at 16x16.
 
     At 32x32 these are the settings of google/ddpm-cifar10-32, without its dropout."""
@@ -118,13 +120,11 @@ def default_unet_config(resolution):
     }
 
 
-def method_parts(options):
-    """{part: name, or None for the method's own} of a method, as `samplers.make_timestep_sampler` takes them."""
-    return {name: getattr(options, name) for name in PARTS}
+def build_noise_scheduler(options: ModelOptions, planned_num_steps: Iterable[int] = ()) -> DDPMScheduler:
+    """The `DDPMScheduler` to train with and to save.
 
-
-def build_noise_scheduler(options):
-    """The `DDPMScheduler` to train with and to save, which can sample in all numbers of steps that are planned.
+    Args:
+        planned_num_steps: numbers of denoising steps in which it must be able to sample, beside that of all timesteps.
 
     Raises:
         ValueError: a schedule or setting that cannot be used, or a last timestep without any signal.
@@ -142,15 +142,14 @@ def build_noise_scheduler(options):
     try:
         noise_scheduler = DDPMScheduler(**{**settings, **options.noise_scheduler})
         check_alphas_cumprod(noise_scheduler)
-        planned = (options.ddpm_num_inference_steps, options.eval_num_inference_steps)
-        for num_inference_steps in {*planned, options.ddpm_num_steps}:  # the last by generate.py, if not told otherwise
+        for num_inference_steps in {*planned_num_steps, options.ddpm_num_steps}:  # the last by generate.py
             denoising_steps(noise_scheduler, num_inference_steps)
     except Exception as error:  # diffusers does not check types
         raise ValueError(f"{given}: cannot be used: {type(error).__name__}: {error}") from error
     return noise_scheduler
 
 
-def check_alphas_cumprod(noise_scheduler):
+def check_alphas_cumprod(noise_scheduler: DDPMScheduler) -> None:
     """Refuse a schedule of noise that is not one. Raises ValueError."""
     alphas_cumprod, steps = noise_scheduler.alphas_cumprod, noise_scheduler.config.num_train_timesteps
     if len(alphas_cumprod) != steps:
@@ -167,12 +166,27 @@ def check_alphas_cumprod(noise_scheduler):
         raise ValueError("betas are so small that alphas_cumprod does not fall from each timestep to the next")
 
 
-def build_sampler(options, schedule, images, device):
+def method_parts(options: MethodOptions) -> dict[str, str | None]:
+    """{part: name, or None for the method's own} of a method, as `samplers.make_timestep_sampler` takes them."""
+    return {name: getattr(options, name) for name in PARTS}
+
+
+def method_of(options: MethodOptions) -> Method:
+    """The method, with the parts that replace its own."""
+    return resolve_method(options.method, **method_parts(options))
+
+
+def build_sampler(
+    options: MethodOptions,
+    schedule: NoiseSchedule | DDPMScheduler,
+    sample_images: Callable[[], torch.Tensor],
+    seed: int,
+    device: torch.device | str,
+) -> TimestepSampler:
     """The method's timestep sampler.
 
     Args:
-        schedule: a `NoiseSchedule`.
-        images: [N, C, H, W] in [-1, 1], a sample of the training data.
+        sample_images: makes a sample of the training data, [N, C, H, W] in [-1, 1], if the method needs one.
 
     Raises:
         ValueError: names or settings that cannot be used.
@@ -186,85 +200,11 @@ def build_sampler(options, schedule, images, device):
             schedule,
             options.method,
             **method_parts(options),
-            images=images,
+            images=sample_images() if method_of(options).needs_images else None,
             low_discrepancy=options.low_discrepancy,
-            seed=options.seed,
+            seed=seed,
             device=device,
             **given,
         )
     except Exception as error:  # the classes check ranges, not types
         raise ValueError(f"{flag}: {error}") from error
-
-
-def epsilon_scale_of(noise_scheduler, device):
-    """[T] float32 on `device`: what `epsilon_errors` needs, for the scheduler's prediction type."""
-    schedule = NoiseSchedule.from_scheduler(noise_scheduler)
-    loss_scale = epsilon_loss_scale(schedule, noise_scheduler.config.prediction_type)
-    return loss_scale.sqrt().to(device, torch.float32)
-
-
-def epsilon_errors(unet, noise_scheduler, images, noise, timesteps, epsilon_scale):
-    """[B, C, H, W] float32: the network's errors in eps at x_t, up to the sign, whatever it predicts.
-
-    Args:
-        images, noise: [B, C, H, W]; images in [-1, 1].
-        timesteps: [B] int64.
-        epsilon_scale: [T] of `epsilon_scale_of`.
-    """
-    noisy_images = noise_scheduler.add_noise(images, noise, timesteps)
-    prediction = unet(noisy_images, timesteps, return_dict=False)[0]
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(images, noise, timesteps)
-    else:
-        target = images
-    return (prediction.float() - target.float()) * epsilon_scale[timesteps].view(-1, 1, 1, 1)
-
-
-def ema_pipeline(accelerator, unet, ema, noise_scheduler):
-    """A `DDPMPipeline` of the averaged weights. All processes must call it.
-
-    Raises:
-        FloatingPointError: the average is not finite.
-    """
-    model = accelerator.unwrap_model(unet)
-    names = (name for name, _ in model.named_parameters())
-    weights = {name: whole(tensor) for name, tensor in zip(names, ema.shadow_params, strict=True)}
-    check_finite(weights.values(), "averaged weights")
-    with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
-        average = UNet2DModel.from_config(model.config)
-    average.load_state_dict(weights)
-    return DDPMPipeline(average.eval(), DDPMScheduler.from_config(noise_scheduler.config))
-
-
-def check_finite(tensors, what):
-    """Refuse weights that are not finite: nothing good can be saved of them, or sampled with them.
-
-    Raises:
-        FloatingPointError: on all processes alike.
-    """
-    is_finite = torch.stack([whole(tensor.detach()).isfinite().all() for tensor in tensors]).all().float()
-    if torch.distributed.is_initialized():  # shards may differ
-        torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
-    if not is_finite:
-        raise FloatingPointError(f"the {what} are not finite, and are not saved")
-
-
-def warm_up(accelerator, unet, sampler, image_shape, batch_size):
-    """Run the network and the sampler's losses forward and backward on noise, so that compilation and autotuning are
-    over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights, gradients
-    and random states as they were."""
-    device = accelerator.device
-    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(2):
-            images = torch.randn(batch_size, *image_shape, device=device)
-            sampler.losses(unet(images, timesteps, return_dict=False)[0], timesteps).mean().backward()
-        if sampler.measures_model:
-            unet.eval()
-            with torch.no_grad():
-                unet(images, timesteps, return_dict=False)
-            unet.train()
-    unet.zero_grad(set_to_none=True)

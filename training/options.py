@@ -1,6 +1,7 @@
 """The options of a training run: named, explained, and checked as far as that goes without data or network."""
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -41,6 +42,7 @@ RANGES = {
     "eval_seconds": "(0, inf)",
     "eval_num_images": "[1, 2**32)",
     "eval_num_inference_steps": "[1, 10**6]",
+    "validation_steps": "[1, 2**53]",
     "save_images_epochs": "[1, 2**53]",
     "save_model_epochs": "[1, 2**53]",
     "checkpointing_steps": "[0, 2**53]",
@@ -49,15 +51,26 @@ RANGES = {
 
 
 @dataclass
-class TrainingOptions:
-    """Named as in diffusers' train_unconditional.py where that has them."""
+class RunOptions:
+    """Where a run goes, and what its random numbers are."""
+
+    _argument_group_name = "Run"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/.")
     output_dir: str = HfArg(default="ddpm-model", help="Where the pipeline, samples, logs and checkpoints go.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the results of an earlier run in --output_dir.")
     seed: int = HfArg(default=0, help="Of initial weights, data order, noise and timesteps.")
+    dry_run: bool = HfArg(
+        default=False, help="Prepare all, time three steps, say what would be trained, and leave the folder as it was."
+    )
 
-    # Data
+
+@dataclass
+class DataOptions:
+    """The images."""
+
+    _argument_group_name = "Data"
+
     dataset_name: str = HfArg(
         default="digits",
         aliases=["--train_data_dir"],
@@ -78,7 +91,13 @@ class TrainingOptions:
     )
     dataloader_num_workers: int = HfArg(default=0, help="Processes that decode a streamed data set.")
 
-    # Model and noise
+
+@dataclass
+class ModelOptions:
+    """The network and its noise schedule."""
+
+    _argument_group_name = "Model and noise"
+
     model_config_name_or_path: str | None = HfArg(default=None, help="A UNet2DModel's config; default: DDPM's.")
     unet: JsonDict = field(default_factory=JsonDict, metadata={"help": "UNet2DModel settings, JSON; over the default."})
     noise_scheduler: JsonDict = field(
@@ -88,7 +107,13 @@ class TrainingOptions:
     ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
     ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
 
-    # Method
+
+@dataclass
+class MethodOptions:
+    """Which timesteps to train on, and how much each one counts."""
+
+    _argument_group_name = "Method"
+
     method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The three below, by name.")
     timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
     loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
@@ -98,12 +123,29 @@ class TrainingOptions:
     )
     low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
 
-    # Budget: the first that is spent ends the run
+
+@dataclass
+class BudgetOptions:
+    """When to end."""
+
+    _argument_group_name = "Budget: the first that is spent ends the run"
+
     max_train_steps: int | None = HfArg(default=None, help="Updates.")
     num_epochs: int | None = HfArg(default=None, help="Passes over the data; 100 if no budget is given at all.")
     max_train_seconds: float | None = HfArg(default=None, help="Wall-clock time of training proper.")
 
-    # Optimisation
+    def total_steps(self, steps_per_epoch: float) -> int | None:
+        """Updates that the budget in steps or epochs allows; None where only time is limited."""
+        by_epochs = math.ceil(self.num_epochs * steps_per_epoch) if self.num_epochs else None
+        return min((steps for steps in (self.max_train_steps, by_epochs) if steps), default=None)
+
+
+@dataclass
+class OptimizationOptions:
+    """How an update is made."""
+
+    _argument_group_name = "Optimisation"
+
     train_batch_size: int = HfArg(default=16, help="Per process and accumulation step.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Batches per update.")
     learning_rate: float = HfArg(default=1e-4, help="After warm-up.")
@@ -124,29 +166,100 @@ class TrainingOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = HfArg(default=None, help="Default: accelerate's setting.")
     compile: bool = HfArg(default=False, help="torch.compile the network; compiled before the clock starts.")
 
-    # Logs, samples, checkpoints
+    @property
+    def images_per_process(self) -> int:
+        """In an update."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass
+class LogOptions:
+    """What is written down, and how often."""
+
+    _argument_group_name = "Log"
+
     logger: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="Beside metrics.jsonl.")
     logging_dir: str = HfArg(default="logs", help="Under --output_dir.")
     logging_steps: int = HfArg(default=50, help="Updates between two records of the log.")
+
+
+@dataclass
+class SampleOptions:
+    """The pictures during training and at its end."""
+
+    _argument_group_name = "Sample grids"
+
     eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; 0 for no grids.")
     ddpm_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for the grids; default: T.")
+    save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
+
+
+@dataclass
+class ScoreOptions:
+    """A Fréchet distance now and then."""
+
+    _argument_group_name = "Scores of samples, during training"
+
     eval_steps: int | None = HfArg(default=None, help="Updates between two scores (FID) of samples; default: none.")
     eval_seconds: float | None = HfArg(default=None, help="Training seconds between two scores.")
     eval_num_images: int = HfArg(default=5000, help="Images drawn for a score.")
     eval_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for those; default: 50.")
     eval_feature_extractor: str | None = HfArg(default=None, help="As in evaluate.py; default: Inception.")
     eval_feature_extractor_weights: str | None = HfArg(default=None, help="A local file of Inception's weights.")
-    save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
+
+
+@dataclass
+class ValidationOptions:
+    """On what, and how often."""
+
+    _argument_group_name = "Loss by timestep on held-out images"
+
+    validation_split: str | None = HfArg(
+        default=None, help="A split's name, or the share of the images to hold out (0.05); default: no validation."
+    )
+    validation_steps: int | None = HfArg(default=None, help="Updates between two measurements of the loss on it.")
+
+
+@dataclass
+class CheckpointOptions:
+    """What is kept to go on from."""
+
+    _argument_group_name = "Checkpoints"
+
     save_model_epochs: int | None = HfArg(default=None, help="Epochs between two saves of the pipeline.")
     checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
     checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's path.")
 
-    # Hub
+
+@dataclass
+class HubOptions:
+    """Where to upload."""
+
+    _argument_group_name = "Hub"
+
     push_to_hub: bool = HfArg(default=False, help="Upload the results at the end.")
     hub_model_id: str | None = HfArg(default=None, help="Default: the name of --output_dir.")
     hub_token: str | None = HfArg(default=None, help="Default: the one you are logged in with.")
     hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+
+
+@dataclass
+class TrainingOptions(
+    RunOptions,
+    DataOptions,
+    ModelOptions,
+    MethodOptions,
+    BudgetOptions,
+    OptimizationOptions,
+    LogOptions,
+    SampleOptions,
+    ScoreOptions,
+    ValidationOptions,
+    CheckpointOptions,
+    HubOptions,
+):
+    """All of a run's, named as in diffusers' train_unconditional.py where that has them."""
 
     def __post_init__(self):
         check_ranges(self, RANGES)
@@ -166,6 +279,7 @@ class TrainingOptions:
         check_logging_dir(self.logging_dir)
         if self.logger == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
+        check_validation(self.validation_split, self.validation_steps)
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
@@ -174,6 +288,11 @@ class TrainingOptions:
             self.num_epochs = 100
         if not self.lr_scheduler.startswith("constant") and not (self.max_train_steps or self.num_epochs):
             raise ValueError(f"--lr_scheduler {self.lr_scheduler}: needs --max_train_steps or --num_epochs")
+
+    @property
+    def planned_num_steps(self) -> set[int]:
+        """Numbers of denoising steps in which the run itself will sample."""
+        return {self.ddpm_num_inference_steps, self.eval_num_inference_steps}
 
 
 def check_logging_dir(name: str) -> None:
@@ -187,3 +306,24 @@ def check_logging_dir(name: str) -> None:
         raise ValueError(f"--logging_dir {name!r}: must be a folder inside --output_dir")
     if FOLDERS.fullmatch(parts[0]):
         raise ValueError(f"--logging_dir {name}: a run keeps other results under that name; choose another")
+
+
+def check_validation(split: str | None, steps: int | None) -> None:
+    """Refuse a part of the images without a number of steps or the reverse, and a share that is none.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if (split is None) != (steps is None):
+        missing, there = ("steps", f"split {split}") if steps is None else ("split", f"steps {steps}")
+        raise ValueError(f"--validation_{there}: needs --validation_{missing} too")
+    if split is not None and validation_share(split) is not None and not 0 < validation_share(split) < 1:
+        raise ValueError(f"--validation_split {split}: must be a share in (0, 1), or the name of a split")
+
+
+def validation_share(split: str) -> float | None:
+    """The share of the images that `--validation_split` holds out; None where it names a split."""
+    try:
+        return float(split)
+    except ValueError:
+        return None

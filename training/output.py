@@ -7,16 +7,20 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from images.records import TRAINING_RECORD as OPTIONS_FILE
 
 from .folder_lock import LOCK_FILE
 
 LIST_FILE = ".written_files"  # marks the folder as that of a run
 SUMMARY_FILE = "training_summary.json"
-NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "hub_token")  # options of one start, or secret
+# Options of one start, or secret
+NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "hub_token")
 
 # What a run writes, as far as its names are known beforehand
-RESULTS = """training_options.yaml training_summary.json metrics.jsonl timestep_density.png README.md
+RESULTS = """training_options.yaml training_summary.json metrics.jsonl timestep_density.png validation_loss.png
+    README.md
     samples/final.png samples/step-*.png
     model_index.json unet/config.json unet/diffusion_pytorch_model* scheduler/scheduler_config.json"""
 CHECKPOINTS = """checkpoint-*/manifest.json checkpoint-*/model*.safetensors checkpoint-*/optimizer*.bin
@@ -201,13 +205,13 @@ def check_output_dir(output: OutputDir, *, resume: bool, overwrite: bool, checkp
         )
 
 
-def check_disk_space(folder: Path, num_parameters: int) -> None:
+def check_disk_space(folder: Path, network: torch.nn.Module) -> None:
     """Refuse to start where not even one checkpoint and the pipeline fit: weights, EMA and two Adam moments, float32.
 
     Raises:
         ValueError: naming the space needed and the space free.
     """
-    needed = 4 * num_parameters * (4 + 1)
+    needed = 4 * sum(parameter.numel() for parameter in network.parameters()) * (4 + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -6,11 +6,12 @@ import torch
 from samplers import NoiseSchedule
 
 from .models import build_noise_scheduler, build_sampler, build_unet, load_unet_config
+from .options import TrainingOptions
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
 
 
-def plan_run(options):
+def plan_run(options: TrainingOptions) -> None:
     """Try the network, the chains of sampling and the timestep sampler, with images of noise in place of the data.
 
     The images' size and colours are those that the options say, where they do.
@@ -18,7 +19,7 @@ def plan_run(options):
     Raises:
         ValueError: naming the flag that leads to something that cannot work.
     """
-    schedule = NoiseSchedule.from_scheduler(build_noise_scheduler(options))
+    schedule = NoiseSchedule.from_scheduler(build_noise_scheduler(options, options.planned_num_steps))
     channels, resolution = stand_in_shape(options)
     # Without either, the images decide how many levels the network has
     has_levels = options.resolution or options.model_config_name_or_path or "block_out_channels" in options.unet
@@ -28,7 +29,7 @@ def plan_run(options):
             with torch.device("meta"):
                 build_unet(options, channels, resolution)
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
-        sampler = build_sampler(options, schedule, images, "cpu")
+        sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:
             timesteps, weights = sampler.sample(8, images=images)
             sampler.update(timesteps, torch.ones(8) * weights)
@@ -38,7 +39,7 @@ def plan_run(options):
             ) from error
 
 
-def stand_in_shape(options):
+def stand_in_shape(options: TrainingOptions) -> tuple[int, int]:
     """(C, resolution) of images that the options would allow; the images themselves may be others."""
     channels, size = options.unet.get("in_channels"), options.unet.get("sample_size")
     if options.image_mode != "auto" or channels not in (1, 3):
@@ -48,14 +49,14 @@ def stand_in_shape(options):
     return channels, size if type(size) is int and size > 0 else stand_in_resolution(options)
 
 
-def stand_in_resolution(options):
+def stand_in_resolution(options: TrainingOptions) -> int:
     """A size that the network can halve as often as it has levels."""
     config = load_unet_config(options.model_config_name_or_path) if options.model_config_name_or_path else {}
     widths = (config | options.unet).get("block_out_channels", ())
     return max(32, 2 ** min(len(widths), 12)) if isinstance(widths, list | tuple) else 32
 
 
-def check_batch_memory(options, channels, resolution):
+def check_batch_memory(options: TrainingOptions, channels: int, resolution: int) -> None:
     """Refuse a batch whose images alone, in float32, do not fit into the machine's memory. Raises ValueError."""
     images = options.train_batch_size * options.gradient_accumulation_steps
     needed, there = 4 * images * channels * resolution**2, psutil.virtual_memory().total

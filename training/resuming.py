@@ -1,21 +1,68 @@
-"""What a run that goes on from a checkpoint must have in common with the run that saved it."""
+"""Where a run begins: at nothing, or at a checkpoint, with which it must have some things in common."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 
-from images import ImageError
+from images import ImageDataset, ImageError, check_output_outside_data
 from recipes import changed_options
 
-from .checkpoints import list_checkpoints
+from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
 from .models import unet_config, unet_on_meta
-from .output import NOT_SAVED, OPTIONS_FILE, OutputDir
+from .options import ModelOptions, TrainingOptions
+from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
 
 logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """Where a run begins: `checkpoint` is None at the beginning, and `process_state` what it holds of this process."""
+
+    checkpoint: Path | None
+    process_state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.process_state.get("step", 0)
+
+    @property
+    def images(self) -> int:
+        """Seen so far, by all processes together."""
+        return self.process_state.get("images", 0)
+
+
+def find_start(options: TrainingOptions, output: OutputDir, accelerator: Accelerator) -> Start:
+    """Where the run of these options begins. Nothing is changed.
+
+    Raises:
+        ValueError: the folder is not one that it may write to, or there is nothing to go on from; naming the flag.
+    """
+    checkpoint = None
+    if accelerator.is_main_process:  # which decides for all
+        check_output_outside_data(options.output_dir, options.dataset_name)
+        check_output_dir(
+            output,
+            resume=bool(options.resume_from_checkpoint),
+            overwrite=options.overwrite_output_dir,
+            checkpoints=bool(list_checkpoints(output.folder)),
+        )
+        if options.resume_from_checkpoint:
+            checkpoint = find_checkpoint(output.folder, options.resume_from_checkpoint, logger.warning)
+            check_resumed_folder(output, checkpoint)
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if not checkpoint:
+        return Start(None, {})
+    process_state = read_process_state(checkpoint, accelerator.process_index)
+    if process_state["processes"] != accelerator.num_processes:
+        logger.warning(f"resuming with {accelerator.num_processes} processes, which were {process_state['processes']}")
+    return Start(checkpoint, process_state)
 
 
 def check_resumed_folder(output: OutputDir, checkpoint: Path | None) -> None:
@@ -37,25 +84,25 @@ def is_elsewhere(checkpoint: Path, output: OutputDir) -> bool:
     return checkpoint.parent.resolve() != output.folder.resolve()
 
 
-def check_same_network(options, saved_config: dict | None, checkpoint: Path) -> None:
+def check_same_network(options: ModelOptions, start: Start) -> None:
     """Refuse to go on with a network whose weights have other shapes than the checkpoint's.
 
-    Args:
-        saved_config: the `UNet2DModel`'s in the checkpoint; None in one of an earlier version, whose weights tell.
+    One of an earlier version holds no settings of the network: its weights tell, later.
 
     Raises:
         ValueError: naming the settings that differ.
     """
-    if saved_config is None:
+    saved = start.process_state.get("unet")
+    if saved is None:
         return
-    saved, now = saved_config, unet_config(options, saved_config["in_channels"], saved_config["sample_size"])
+    now = unet_config(options, saved["in_channels"], saved["sample_size"])
     if parameter_shapes(saved) != parameter_shapes(now):
         defaults = dict(UNet2DModel().config)
         now = {name: now.get(name, default) for name, default in defaults.items()}
         differ = [name for name in defaults if plain(saved.get(name)) != plain(now[name])]
         listed = "; ".join(f"{name} was {saved.get(name)}, now {now[name]}" for name in differ)
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: is of another network than --unet and "
+            f"--resume_from_checkpoint {start.checkpoint}: is of another network than --unet and "
             f"--model_config_name_or_path describe: {listed}"
         )
 
@@ -69,25 +116,19 @@ def parameter_shapes(config: dict) -> list[tuple]:
     return [(name, tuple(parameter.shape)) for name, parameter in unet.named_parameters()]
 
 
-def warn_of_changed_options(options, checkpoint: Path) -> None:
-    """Name the options that were others when the run that is gone on from was last started."""
-    left_out = (*NOT_SAVED, "output_dir")
-    for name, (old, new) in changed_options(options, checkpoint.parent / OPTIONS_FILE, left_out).items():
-        logger.warning(f"resuming with --{name} {new}, which was {old}")
-
-
-def warn_of_changed_data(dataset, saved: dict | None) -> None:
-    """Say so if the images are not those that the checkpoint's run was trained on.
-
-    Args:
-        saved: {"images", "fingerprint"} of the checkpoint; None in one of an earlier version.
-    """
-    if saved is None or saved["fingerprint"] == dataset.fingerprint():
+def warn_of_changes(options: TrainingOptions, dataset: ImageDataset, start: Start) -> None:
+    """Say what is different from the run that is gone on from: options, when it was last started, and images."""
+    if not start.checkpoint:
         return
-    logger.warning(
-        f"{dataset.name} has changed since the checkpoint was saved: {saved['images']:,} images then, "
-        f"{len(dataset):,} now; the order of the images is another"
-    )
+    left_out = (*NOT_SAVED, "output_dir")
+    for name, (old, new) in changed_options(options, start.checkpoint.parent / OPTIONS_FILE, left_out).items():
+        logger.warning(f"resuming with --{name} {new}, which was {old}")
+    saved = start.process_state.get("data")  # not in checkpoints of an earlier version
+    if saved and saved["fingerprint"] != dataset.fingerprint():
+        logger.warning(
+            f"{dataset.name} has changed since the checkpoint was saved: {saved['images']:,} images then, "
+            f"{len(dataset):,} now; the order of the images is another"
+        )
 
 
 def override_settings(optimizer, lr_scheduler, settings: dict) -> None:

@@ -3,36 +3,20 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from pipelines.files import named_save_errors, write_and_rename
+
 from .output import OutputDir, partial_path
-
-
-@contextmanager
-def named_save_errors(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while saving (each library has its own error for a full disk) becomes an OSError that names
-    the file and the space left."""
-    try:
-        yield
-    except Exception as error:
-        free = shutil.disk_usage(Path(path).parent).free
-        raise OSError(f"{path} could not be saved ({free / 1e6:,.1f} MB are free): {error}") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, of the same kind, then put it in place: `path` is always whole."""
-    partial = partial_path(path)
-    with named_save_errors(path):
-        try:
-            write(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_and_rename(path, partial_path(path), write)
 
 
 def write_json(record: dict, path: Path) -> None:

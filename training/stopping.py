@@ -2,9 +2,17 @@
 
 import os
 import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from accelerate import Accelerator
+
+from .clock import PhaseClock
+
+if TYPE_CHECKING:
+    from .state import TrainingState
 
 AGREE_EVERY = 10  # steps between two agreements of several processes: a collective each
 
@@ -25,7 +33,7 @@ class StopCondition:
         clock: the run's `PhaseClock`.
     """
 
-    def __init__(self, accelerator, max_steps, max_seconds, clock):
+    def __init__(self, accelerator: Accelerator, max_steps: int | None, max_seconds: float | None, clock: PhaseClock):
         self.accelerator, self.clock = accelerator, clock
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self.signal = None
@@ -47,7 +55,7 @@ class StopCondition:
             self.is_in_abandonable_part = False  # only the first signal: what comes next is cleaning up
             raise Abandoned
 
-    def unless_signalled(self, function):
+    def unless_signalled(self, function: Callable[[], Any]) -> Any:
         """What `function` returns; None if a signal came before its end, which ends it at once. For what nothing of the
         run depends on."""
         try:
@@ -58,11 +66,11 @@ class StopCondition:
         finally:
             self.is_in_abandonable_part = False
 
-    def is_signalled(self):
+    def is_signalled(self) -> bool:
         """Whether any process was sent a signal. A collective, at whatever step: all processes must call it."""
         return bool(agreed_maximum(self.accelerator, 0, int(bool(self.signal))))
 
-    def reason(self, step):
+    def reason(self, step: int) -> str | None:
         """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
         if self.max_steps is not None and step >= self.max_steps:
             return "steps"
@@ -74,7 +82,7 @@ class StopCondition:
         ]
 
 
-def is_launcher(pid):
+def is_launcher(pid: int) -> bool:
     """Whether a process is one of `accelerate launch` or torchrun, which start and end their workers."""
     try:
         words = {os.path.basename(word) for word in psutil.Process(pid).cmdline()}
@@ -85,32 +93,42 @@ def is_launcher(pid):
 
 
 class Interval:
-    """Tells when something is due that comes each so many steps, or each so many seconds of training.
+    """Tells when something is due that comes each so many steps, images or seconds of training.
 
     Args:
-        accelerator: of the run, whose processes agree.
-        steps, seconds: between two times; None for never.
-        clock: the run's `PhaseClock`; what was due before its present time is past.
+        state: of the run; what was due before it stands where it does is past.
+        steps, images, seconds: between two times; None or 0 for never.
     """
 
-    def __init__(self, accelerator, steps, seconds, clock):
-        self.accelerator, self.steps, self.seconds, self.clock = accelerator, steps, seconds, clock
+    def __init__(
+        self,
+        state: "TrainingState",
+        *,
+        steps: int | None = None,
+        images: int | None = None,
+        seconds: float | None = None,
+    ):
+        self.state, self.steps, self.images, self.seconds = state, steps, images, seconds
         self.times = self._times()
 
-    def is_due(self, step):
-        """Whether it is due after `step` steps."""
-        by_steps = bool(self.steps) and step % self.steps == 0
+    def is_due(self) -> bool:
+        """Whether it is due after the update just made. With seconds a collective: all processes must call it."""
+        state = self.state
+        by_steps = bool(self.steps) and state.step % self.steps == 0
+        by_images = bool(self.images) and (
+            state.images // self.images > (state.images - state.images_per_step) // self.images
+        )
         if not self.seconds:
-            return by_steps
-        by_seconds = agreed_maximum(self.accelerator, step, int(self._times() > self.times))
+            return by_steps or by_images
+        by_seconds = bool(agreed_maximum(state.accelerator, state.step, int(self._times() > self.times)))
         self.times = max(self.times, self._times()) if by_seconds else self.times
-        return by_steps or bool(by_seconds)
+        return by_steps or by_images or by_seconds
 
-    def _times(self):
-        return int(self.clock.seconds("train") // self.seconds) if self.seconds else 0
+    def _times(self) -> int:
+        return int(self.state.clock.seconds("train") // self.seconds) if self.seconds else 0
 
 
-def agreed_maximum(accelerator, step, value):
+def agreed_maximum(accelerator: Accelerator, step: int, value: int) -> int:
     """The largest of all processes' small non-negative integers; of several processes at each tenth step only, 0 in
     between, because it is a collective and waits for the device."""
     if accelerator.num_processes == 1:
@@ -134,11 +152,11 @@ class NonFiniteGuard:
         max_in_row: updates skipped in a row at which `check` gives up.
     """
 
-    def __init__(self, optimizer, device, scaled, max_in_row):
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | str, scaled: bool, max_in_row: int):
         self.optimizer, self.scaled, self.max_in_row = optimizer, scaled, max_in_row
         self.counts = torch.zeros(3, device=device)  # skipped in all; in a row now; most in a row since the last check
 
-    def observe(self, gradient_norm):
+    def observe(self, gradient_norm: torch.Tensor) -> None:
         """Call between clipping and the optimiser's step. gradient_norm: 0-d tensor on the device."""
         skipped = (~gradient_norm.isfinite()).float()
         total, in_row, worst = self.counts
@@ -147,15 +165,15 @@ class NonFiniteGuard:
         if not self.scaled:
             self.optimizer.found_inf = skipped
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts, on the CPU."""
         return {"counts": self.counts.cpu().clone()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the counts."""
         self.counts.copy_(state["counts"])
 
-    def check(self):
+    def check(self) -> int:
         """Updates skipped so far. Waits for the device.
 
         Raises:

@@ -27,9 +27,9 @@ from conftest import ADAPTING, SHARED, TINY, TINY_UNET, Run, processes
 from safetensors.torch import load_file
 from test_resuming import assert_identical
 
-import training.step as training_step
 from pipelines import UnconditionalPipeline
 from training.checkpoints import list_checkpoints
+from training.denoiser import Denoiser
 
 TRAIN, GENERATE, EVALUATE, COMPARE = "train_adaptive_ddpm", "generate", "evaluate", "compare"
 # Imported once, in the server that all starts are forked from; scikit-learn and datasets by name, as the scripts
@@ -211,8 +211,8 @@ def wait_for(condition, what, start=None, timeout=TIMEOUT):
 
 def slow_steps(script, seconds):
     """Tamper: let every training step take longer."""
-    original = training_step.epsilon_errors
-    training_step.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
+    original = Denoiser.epsilon_errors
+    Denoiser.epsilon_errors = lambda *args: (time.sleep(seconds), original(*args))[1]
 
 
 def slow_sampling(script, seconds):

@@ -28,18 +28,18 @@ ATTEMPTS = 6  # at a moment that comes before the run ends by itself
 # Where a save can be torn: module, function, and how often an undisturbed run calls it. `os.replace` puts checkpoints,
 # parts of the pipeline and JSON files in place; `save_accelerator_state` is followed by the random states.
 SAVING = (
-    ("train_adaptive_ddpm", "save_checkpoint", 4),
+    ("training.state", "save_checkpoint", 4),
     ("training.checkpoints", "_checksums", 4),
     ("training.checkpoints", "list_checkpoints", 5),
     ("training.checkpoints", "put_in_place", 4),
     ("accelerate.accelerator", "save_accelerator_state", 4),
-    ("train_adaptive_ddpm", "save_pipeline", 1),
+    ("training.results", "save_pipeline", 1),
     ("training.saving", "named_save_errors", 1),
     ("os", "replace", 8),
     ("torch", "save", 8),
     ("shutil", "rmtree", 6),
 )
-WRITING_IMAGES = (("os", "replace", 13), ("generate", "write_record", 2), ("generate", "finish_folder", 1))
+WRITING_IMAGES = (("os", "replace", 13), ("generation.folder", "write_record", 2), ("generate", "finish_folder", 1))
 
 
 def cases(drill):

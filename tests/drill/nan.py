@@ -8,8 +8,8 @@ import torch
 from harness import RESUME, Case, Failed, Starts, bound, check_refusal, check_same_run, scaled
 from safetensors.torch import load_file
 
-import training.step as training_step
 from training.checkpoints import checkpoint_damage, list_checkpoints
+from training.denoiser import Denoiser
 
 NUM = 20
 LAST_STEPS = (24, 23, 22, 19)  # after the last, only the saving can still find out
@@ -114,12 +114,12 @@ def poison_average(call, value):
 
 def poison_weights(script, call, value):
     """In the forward pass, behind its back: the step's own loss and gradient are still finite."""
-    original, calls = training_step.epsilon_errors, iter(range(1, 10**6))
+    original, calls = Denoiser.epsilon_errors, iter(range(1, 10**6))
 
-    def errors_of(unet, *args):
-        errors = original(unet, *args)
+    def errors_of(self, *args):
+        errors = original(self, *args)
         if next(calls) == call:
-            next(unet.parameters()).data[..., 0] = value
+            next(self.network.parameters()).data[..., 0] = value
         return errors
 
-    training_step.epsilon_errors = errors_of
+    Denoiser.epsilon_errors = errors_of

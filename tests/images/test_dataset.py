@@ -1,5 +1,7 @@
 """What is decided for all images of a data set: mode, size, range; and what becomes of bad ones."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -244,7 +246,8 @@ def test_only_bad_images(tmp_path):
             look(dataset, 1)
 
 
-def test_progress_bar(digits, capsys):
+def test_progress_bar(digits, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     digits.decode_all(show_progress=False)
     assert capsys.readouterr().err == ""
     digits.decode_all(show_progress=True)

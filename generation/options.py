@@ -1,0 +1,109 @@
+"""The options of generate.py: named, explained, and checked as far as that goes without the weights."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from transformers.hf_argparser import HfArg
+
+from images.records import GRID
+from pipelines import check_variant, denoising_steps, image_shape, load_configs
+from recipes import check_ranges, parse_options
+
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+MAX_IMAGES = 2**32  # as many numbers of images as there are; the last batch is padded with the next ones
+BYTES_PER_BLOCK = 200  # a Python range and its bounds
+RANGES = {
+    "num_images": "[1, 2**32)",
+    "batch_size": "[1, 2**32)",
+    "grid_images": "[0, 10000]",  # a picture of 6,500 pixels a side, at least
+    "seed": "[0, 2**32)",
+    "eta": "[0, 1]",
+}
+
+
+@dataclass
+class GenerationOptions:
+    """--pipeline and --output_dir are required."""
+
+    config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
+    pipeline: str | None = HfArg(default=None, help="Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler.")
+    variant: str | None = HfArg(default=None, help="Of its weights, as in diffusers: fp16 for *.fp16.safetensors.")
+    output_dir: str | None = HfArg(default=None, help="Where the images go; made when missing.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete images made with other settings, and nothing else.")
+    num_images: int = HfArg(default=64, help="How many images. More than before extends the folder.")
+    batch_size: int = HfArg(default=64, help="Images per network call and process; the last are padded.")
+    seed: int = HfArg(default=0, help="Names the series of images, in [0, 2**32).")
+    format: Literal["png", "npz", "parquet"] = HfArg(default="png", help="npz: all in one file, as ADM's.")
+    grid_images: int = HfArg(default=64, help=f"Images in {GRID}; 0 for no grid.")
+
+    # Sampling
+    sampler: Literal["ddpm", "ddim"] = HfArg(default="ddpm", help="Need not be the saved one.")
+    num_inference_steps: int | None = HfArg(default=None, help="Default: all trained ones for ddpm, 100 for ddim.")
+    skip_schedule: Literal["uniform", "quadratic"] = HfArg(default="uniform", help="quadratic: more near the image.")
+    eta: float = HfArg(default=0.0, help="ddim only: 0 deterministic to 1 as in DDPM.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast of the network.")
+    compile: bool = HfArg(default=False, help="torch.compile the network; on a GPU with CUDA graphs.")
+
+    def __post_init__(self):
+        for name in ("pipeline", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} is required (--help lists the flags)")
+        check_ranges(self, RANGES)
+        if self.num_images + self.batch_size > MAX_IMAGES:
+            raise ValueError(
+                f"--num_images {self.num_images} and --batch_size {self.batch_size} must add up to {MAX_IMAGES} at most"
+            )
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"--eta {self.eta} belongs to --sampler ddim, not {self.sampler}")
+
+
+def read_options(argv: Sequence[str] | None, device: torch.device) -> GenerationOptions:
+    """The options, checked against the pipeline's configs, with the default number of steps filled in.
+
+    Raises:
+        ValueError, NotImplementedError, OSError: the message names the option at fault.
+    """
+    options = parse_options(GenerationOptions, argv)
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    if not Path(options.pipeline).is_dir() and not HUB_ID.fullmatch(options.pipeline):
+        raise ValueError(f"--pipeline {options.pipeline}: no such folder, and no Hub id, which is owner/name")
+    try:
+        unet_config, scheduler = load_configs(options.pipeline)
+        check_variant(options.pipeline, options.variant)
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise ValueError(f"--pipeline {error}") from error
+    shape = image_shape(unet_config)
+    if shape[0] not in (1, 3):
+        raise ValueError(f"--pipeline {options.pipeline} makes {shape[0]} channels, not grey or RGB")
+    check_memory(options, shape)
+    trained = scheduler.config.num_train_timesteps
+    if options.num_inference_steps is None:
+        options.num_inference_steps = trained if options.sampler == "ddpm" else min(100, trained)
+    check_ranges(options, {"num_inference_steps": f"[1, {trained}]"})
+    scheduler = SCHEDULERS[options.sampler].from_config(scheduler.config)
+    denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
+    return options
+
+
+def check_memory(options: GenerationOptions, shape: tuple[int, int, int]) -> None:
+    """Refuse what a typing error asks for before it exhausts the memory: a batch of images [C, H, W], or the list of
+    blocks."""
+    available = psutil.virtual_memory().available
+    num_blocks = math.ceil(options.num_images / options.batch_size)
+    needs = {"batch_size": 4 * options.batch_size * math.prod(shape), "num_images": BYTES_PER_BLOCK * num_blocks}
+    for name, needed in needs.items():
+        if needed > available:
+            raise ValueError(
+                f"--{name} {getattr(options, name)} needs {needed / 1e9:,.1f} GB of memory, of which "
+                f"{available / 1e9:,.1f} are available"
+            )

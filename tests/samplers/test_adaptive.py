@@ -1,0 +1,198 @@
+"""The adaptive sampler: it learns p_t ∝ c_t sqrt(L_t) from noisy losses, follows it, and pairs the noise."""
+
+import pytest
+import torch
+from sampler_helpers import (
+    T,
+    adapt,
+    assert_same_state,
+    falling_loss,
+    scheduler,
+    state_bits,
+    total_variation,
+    uniform_density,
+)
+
+from samplers import antithetic_randn, make_timestep_sampler
+
+
+def adaptive(weighting="bell", **options):
+    return make_timestep_sampler(scheduler(), "adaptive", loss_weighting=weighting, error_filter="none", **options)
+
+
+def train(sampler, mean_loss, epochs, batch_size=500, seed=0):
+    """Draw as many timesteps as `epochs` times T and report losses of that mean, as spread as squares are (chi^2_4)."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs * T // batch_size):
+        timesteps = sampler.sample(batch_size).timesteps
+        noise = torch.randn(4, batch_size, generator=generator).square().mean(0)
+        sampler.update(timesteps, mean_loss[timesteps] * noise)
+    return sampler
+
+
+def optimum(sampler, mean_loss):
+    """p_t = (1 - f) c_t sqrt(L_t) / sum + f / T."""
+    best = sampler.loss_weights.double() * mean_loss.double().sqrt()
+    return (1 - sampler.uniform_fraction) * best / best.sum() + sampler.uniform_fraction / T
+
+
+@pytest.mark.parametrize("weighting", ["none", "bell", "min_snr", "p2"])
+@pytest.mark.parametrize("uniform_fraction", [0.1, 0.5])
+def test_density_converges_to_the_optimum(weighting, uniform_fraction):
+    sampler = train(adaptive(weighting, uniform_fraction=uniform_fraction), falling_loss(T), epochs=60)
+    target = optimum(sampler, falling_loss(T))
+    assert total_variation(sampler.probabilities, target) < 0.03
+    assert total_variation(sampler.probabilities, target) < 0.2 * total_variation(uniform_density(), target)
+    assert sampler.probabilities.min() > 0.99 * uniform_fraction / T
+    assert float((sampler.probabilities / target).log().abs().max()) < 0.35  # nowhere far off either
+
+
+def test_expected_loss_estimates_the_mean_not_the_mean_square():
+    """IDDPM's sqrt(E[l^2]) would be sqrt(1.5) times as large for these losses."""
+    sampler = train(adaptive("none"), falling_loss(T), epochs=60)
+    ratio = sampler.expected_loss() / falling_loss(T)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+    assert float(ratio.std()) < 0.15
+
+
+def test_every_batch_size_and_refresh_interval_learns_the_same():
+    for batch_size, refresh_every in ((50, 1), (64, 20), (1000, 7)):
+        sampler = train(adaptive(refresh_every=refresh_every), falling_loss(T), epochs=40, batch_size=batch_size)
+        assert total_variation(sampler.probabilities, optimum(sampler, falling_loss(T))) < 0.04
+
+
+def test_it_is_uniform_until_warmed_up():
+    sampler = adaptive(warmup=5.0)
+    for step in range(1, 200):
+        timesteps, weights = sampler.sample(50)
+        assert torch.allclose(sampler.probabilities, torch.tensor(1 / T))
+        assert torch.allclose(weights, sampler.loss_weights[timesteps])
+        sampler.update(timesteps, falling_loss(T)[timesteps])
+        if step * 50 >= 5 * T and step % 20 == 0:
+            break
+    assert step == 100
+    assert total_variation(sampler.probabilities, uniform_density()) > 0.1
+
+
+def test_it_follows_when_the_losses_change():
+    before, after = falling_loss(T), falling_loss(T).flip(0)
+    sampler = train(adaptive("none"), before, epochs=40)
+    train(sampler, after, epochs=100, seed=1)
+    assert total_variation(sampler.probabilities, optimum(sampler, after)) < 0.04
+
+
+@pytest.mark.parametrize("memory", [0.2, 1.0])
+def test_it_forgets_by_the_fraction_of_the_run(memory):
+    """When the run has grown from n to m draws, (n / m)^(1 + 1 / memory) of what was known is left."""
+    for epochs in (100, 400):
+        sampler = adaptive("none", memory=memory, uniform_fraction=1.0, refresh_every=1)
+        train(sampler, torch.ones(T), epochs=epochs)
+        train(sampler, torch.zeros(T), epochs=epochs // 4)
+        assert float(sampler.expected_loss().mean()) == pytest.approx(0.8 ** (1 + 1 / memory), abs=0.02)
+
+
+@pytest.mark.parametrize("weighting", ["none", "bell", "min_snr"])
+def test_gradient_variance_is_near_the_least_there_is(weighting):
+    """sum_t c_t^2 G_t / p_t, least at (sum_t c_t sqrt(G_t))^2, where G_t ∝ L_t."""
+    sampler = train(adaptive(weighting), falling_loss(T), epochs=60)
+    c, G = sampler.loss_weights.double(), falling_loss(T).double()
+    least = float((c * G.sqrt()).sum() ** 2)
+    uniform, learned = (float((c**2 * G / p.double()).sum()) for p in (uniform_density(), sampler.probabilities))
+    assert learned < 0.9 * uniform
+    assert learned < 1.06 * least
+
+
+def test_gradients_of_a_model_are_less_noisy_at_the_same_mean():
+    """A linear model's own gradients, sampled: the same objective's mean gradient, with less variance."""
+    generator = torch.Generator().manual_seed(0)
+    scale = falling_loss(T).double().sqrt()
+    sampler = adapt(adaptive("none"), falling_loss(T))
+
+    def gradients(timesteps, weights):
+        error = scale[timesteps] * (0.3 + torch.randn(len(timesteps), generator=generator, dtype=torch.float64))
+        return weights * 2 * error  # d/dtheta of (theta + error)^2 at theta = 0
+
+    t_uniform = torch.randint(T, (200000,), generator=generator)
+    uniform = gradients(t_uniform, torch.ones(()))
+    learned = gradients(*sampler.sample(200000))
+    assert float(learned.mean()) == pytest.approx(float(uniform.mean()), abs=5 * float(uniform.std()) / 200000**0.5)
+    assert learned.var() < 0.8 * uniform.var()
+
+
+@pytest.mark.parametrize("uniform_fraction", [0.0, -0.1, 1.1])
+def test_a_density_without_a_floor_is_refused(uniform_fraction):
+    with pytest.raises(ValueError, match="uniform_fraction"):
+        adaptive(uniform_fraction=uniform_fraction)
+
+
+@pytest.mark.parametrize("memory", [0.0, -1.0, float("nan")])
+def test_a_memory_of_nothing_is_refused(memory):
+    with pytest.raises(ValueError, match="memory"):
+        adaptive(memory=memory)
+
+
+@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("batch_size", [64, 65])
+def test_halves_of_a_batch_are_neighbours_in_t_and_in_random_order(batch_size, low_discrepancy):
+    sampler = adapt(adaptive(low_discrepancy=low_discrepancy))
+    pairs = batch_size // 2
+    for _ in range(20):
+        timesteps = sampler.sample(batch_size).timesteps
+        first, second = timesteps[:pairs], timesteps[-pairs:]
+        in_order = timesteps[timesteps.argsort()][: 2 * pairs].view(-1, 2)
+        assert torch.equal((first + second).sort().values, in_order.sum(1))
+        assert not torch.equal(first, first.sort().values)
+
+
+def test_pairing_leaves_the_density_alone():
+    paired, single = (adapt(adaptive(antithetic_noise=flag)) for flag in (True, False))
+    for _ in range(5):
+        drawn = [sampler.sample(100).timesteps.sort().values for sampler in (paired, single)]
+        assert float((drawn[0] - drawn[1]).abs().double().mean()) < 10  # two offsets of the same strides
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 7])
+def test_antithetic_noise_is_gaussian_and_opposite(batch_size):
+    noise = antithetic_randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert noise.shape == (batch_size, 3, 64, 64)
+    pairs = batch_size // 2
+    assert torch.equal(noise[:pairs], -noise[batch_size - pairs :])
+    assert len(noise.flatten(1).unique(dim=0)) == batch_size  # and nothing else is repeated
+    assert float(noise[0].std()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_broken_losses_are_left_out(bad):
+    losses = falling_loss(T).repeat(2)
+    timesteps = torch.arange(T).repeat(2)
+    broken = torch.arange(2 * T) % 5 == 0
+    clean, dirty = adaptive(), adaptive()
+    for _ in range(40):
+        clean.update(timesteps, torch.where(broken, float("nan"), losses))
+        dirty.update(timesteps, torch.where(broken, bad, losses))
+    assert_same_state(state_bits(clean), state_bits(dirty))
+    assert total_variation(dirty.probabilities, optimum(dirty, falling_loss(T))) < 0.01
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0])
+def test_a_warmup_of_broken_losses_alone_leaves_it_uniform_and_it_recovers(broken):
+    sampler = adaptive()
+    adapt(sampler, torch.full((T,), broken))
+    assert sampler.probabilities.isfinite().all()
+    assert sampler.sample(64).weights.isfinite().all()
+    for _ in range(10):
+        adapt(sampler)
+    assert total_variation(sampler.probabilities, optimum(sampler, falling_loss(T))) < 0.02
+
+
+def test_an_exploding_loss_does_not_poison_for_ever():
+    """Finite losses whose sum is not: a run just before it diverges, which its user rolls back or clips."""
+    sampler = adapt(adaptive())
+    adapt(sampler, torch.full((T,), torch.finfo(torch.float32).max))
+    assert sampler.probabilities.isfinite().all()
+    assert sampler.sample(64).weights.isfinite().all()
+
+
+def test_a_single_process_makes_no_collective(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: pytest.fail("a collective on one process"))
+    assert total_variation(adapt(adaptive()).probabilities, uniform_density()) > 0.1

@@ -1,0 +1,90 @@
+"""The data's spectrum, and the weighting that is made from it, against what an error at t does to a finished image."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from sampler_helpers import T, digits, every_schedule, moved_by_an_error, tables
+
+from samplers import Spectrum, make_timestep_sampler, weightings
+
+
+def component_variances(images):
+    """[K] in no order."""
+    return Spectrum.of(images).variances.flatten()
+
+
+def test_components_of_stationary_images_are_their_principal_components():
+    """White noise blurred on a torus, in three mixed channels: against the eigenvalues of the full covariance."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[1.0, 0.5, 0.2], [0.0, 0.6, 0.3], [0.0, 0.0, 0.2]], dtype=torch.float64)
+    white = torch.randn(4000, 3, 6, 6, generator=generator, dtype=torch.float64)
+    images = torch.einsum("cd,ndhw->nchw", mixing, white + white.roll(1, 2) + 0.5 * white.roll(1, 3)) + 0.3
+    variances = component_variances(images).sort().values
+    principal = torch.linalg.eigvalsh(torch.cov(images.flatten(1).T))
+    assert len(variances) == 3 * 6 * 6
+    assert float(variances.sum()) == pytest.approx(float(principal.sum()), rel=1e-9)
+    upper = slice(54, None)  # the smallest are lost in what 4,000 images say about them
+    np.testing.assert_allclose(variances[upper], principal[upper], rtol=0.25)
+
+
+def test_variances_add_up_to_the_images_variance_whatever_the_batching():
+    images = digits()
+    variances = component_variances(images)
+    assert float(variances.sum()) == pytest.approx(float(images.double().var(0).sum()), rel=1e-9)
+    in_sevens = Spectrum.of(images, batch_size=7).variances.flatten()
+    torch.testing.assert_close(in_sevens, variances, rtol=1e-9, atol=1e-12)
+    assert float(variances.min()) >= 0
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 1, 8, 8), torch.ones(16, 3, 8, 8), torch.full((4, 1, 8, 8), float("nan"))]
+)
+def test_images_that_do_not_vary_are_refused(images):
+    with pytest.raises(ValueError, match=r"do not vary.*--loss_weighting none --error_filter none"):
+        Spectrum.of(images)
+
+
+def test_missing_or_flattened_images_are_refused():
+    with pytest.raises(ValueError, match="'spectral' with error_filter 'wiener' needs `images`"):
+        make_timestep_sampler(DDPMScheduler(), "adaptive")
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\], not \[512, 64\]"):
+        make_timestep_sampler(DDPMScheduler(), "adaptive", images=digits().flatten(1))
+
+
+@every_schedule
+def test_white_data_of_unit_variance_give_the_bell(schedule, T):
+    c = weightings.spectral(tables(schedule, T), torch.ones(5))
+    np.testing.assert_allclose(c, weightings.bell(tables(schedule, T), k=2.0), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(beta_schedule):
+    """It moves by R_i(t), and sum_i R_i^2 = (2 d log sigma / dt) c_t, up to one factor for all t."""
+    s2, at = torch.tensor([25.0, 4.0, 0.3, 0.02], dtype=torch.float64), [30, 100, 250, 400, 550, 700, 850]
+    moved = moved_by_an_error(beta_schedule, s2, at).square().sum(1)
+    schedule = tables(beta_schedule, T)
+    log_sigma_slope = torch.gradient(schedule.sigma.log())[0][at]
+    ratio = moved / (weightings.spectral(schedule, s2)[at] * log_sigma_slope)
+    np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.06)
+
+
+def test_larger_images_move_the_weight_to_higher_noise():
+    """A smooth field at twice the resolution has larger low-frequency components: they are decided at more noise."""
+    generator = torch.Generator().manual_seed(0)
+    frequencies = torch.fft.fftfreq(32) * 32
+    amplitude = 1 / (1 + frequencies[:, None].square() + frequencies.square())
+    large = torch.fft.ifft2(torch.fft.fft2(torch.randn(256, 1, 32, 32, generator=generator)) * amplitude).real
+    large = large / large.std() / 2
+    small = torch.nn.functional.avg_pool2d(large, 2)
+
+    def centre(images):
+        c = weightings.spectral(tables(), component_variances(images))
+        return float((c * torch.arange(1000)).sum() / c.sum())
+
+    assert centre(large) > centre(small) + 30
+
+
+def test_a_batch_is_enough_of_the_data():
+    a, b = (weightings.spectral(tables(), component_variances(digits(count))) for count in (64, 1797))
+    assert float((a - b).abs().mean()) < 0.1  # of mean 1

@@ -1,0 +1,53 @@
+"""What is trained: a network under a noise schedule, and its errors."""
+
+import torch
+
+from samplers import NoiseSchedule, epsilon_loss_scale, mean_squares
+
+
+class Denoiser:
+    """The errors in eps of a network at any timestep, whatever it predicts.
+
+    An error of the network in v or x_0 is one in eps times a factor of t alone, the square root of
+    `epsilon_loss_scale`; so losses of all prediction types are the same, and can be compared.
+
+    Args:
+        network: called as (noisy images [B, C, H, W], timesteps [B], return_dict=False), as a `UNet2DModel`.
+        noise_scheduler: a `DDPMScheduler`.
+        device: of the network.
+    """
+
+    def __init__(self, network: torch.nn.Module, noise_scheduler, device: torch.device | str = "cpu"):
+        self.network, self.noise_scheduler = network, noise_scheduler
+        loss_scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(noise_scheduler), self.prediction_type)
+        self.error_scale = loss_scale.sqrt().to(device, torch.float32)  # [T]
+
+    @property
+    def prediction_type(self) -> str:
+        return self.noise_scheduler.config.prediction_type
+
+    def epsilon_errors(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] float32: the errors in eps at x_t, up to the sign.
+
+        Args:
+            images, noise: [B, C, H, W]; images in [-1, 1].
+            timesteps: [B] int64.
+        """
+        noisy_images = self.noise_scheduler.add_noise(images, noise, timesteps)
+        prediction = self.network(noisy_images, timesteps, return_dict=False)[0]
+        if self.prediction_type == "epsilon":
+            target = noise
+        elif self.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(images, noise, timesteps)
+        else:
+            target = images
+        return (prediction.float() - target.float()) * self.error_scale[timesteps].view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def epsilon_losses(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """[B] the mean squares of these errors, of the network as it is now: without gradients and dropout."""
+        was_training = self.network.training
+        self.network.eval()
+        losses = mean_squares(self.epsilon_errors(images, noise, timesteps))
+        self.network.train(was_training)
+        return losses

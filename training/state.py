@@ -1,0 +1,183 @@
+"""All that training changes, in one object, which is what a checkpoint holds."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.optimization import get_scheduler
+
+from images import ImageDataset
+from pipelines import choose_kernels
+from samplers import TimestepSampler
+
+from .checkpoints import load_checkpoint, save_checkpoint
+from .clock import PhaseClock
+from .ema import WeightAverage, check_finite
+from .metrics import LossMeter
+from .options import OptimizationOptions
+from .output import OutputDir
+from .resuming import Start, override_settings
+from .stopping import NonFiniteGuard
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands.
+
+    Attributes:
+        network, optimizer: prepared by `accelerator`.
+        sampler: of timesteps.
+        meter, guard: statistics since the last record of the log; updates that were not finite.
+        images_per_step: of all processes together.
+        max_grad_norm: to which gradients are clipped.
+        made_for: settings of the network, and what identifies the images, for a run that goes on from here to compare.
+        step, images: made and seen so far.
+    """
+
+    accelerator: Accelerator
+    network: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: WeightAverage
+    sampler: TimestepSampler
+    meter: LossMeter
+    guard: NonFiniteGuard
+    clock: PhaseClock
+    images_per_step: int
+    max_grad_norm: float
+    made_for: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    images: int = 0
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def advance(self) -> None:
+        """Count an update."""
+        self.step += 1
+        self.images += self.images_per_step
+
+    def save(self, output: OutputDir, total_limit: int | None = None) -> None:
+        """Write `checkpoint-{step}`. All processes must call it.
+
+        Args:
+            total_limit: checkpoints to keep; older ones are deleted.
+
+        Raises:
+            FloatingPointError: weights are not finite.
+            OSError: it could not be written.
+        """
+        with self.clock.phase("save"):
+            check_finite(self.network.parameters(), f"weights of step {self.step:,}")
+            check_finite(self.ema.shadow_params, f"averaged weights of step {self.step:,}")
+            save_checkpoint(self.accelerator, output, self.step, self.process_state(), total_limit)
+
+    def load(self, start: Start) -> None:
+        """Go on from a checkpoint, with the optimiser's settings of this run. At the beginning, nothing happens.
+
+        Raises:
+            ValueError: the checkpoint does not fit this run.
+        """
+        if not start.checkpoint:
+            return
+        settings = {name: self.optimizer.defaults[name] for name in ("lr", "betas", "weight_decay", "eps")}
+        load_checkpoint(self.accelerator, start.checkpoint)
+        override_settings(self.optimizer, self.lr_scheduler, settings)
+        for name in ("sampler", "meter", "guard"):
+            getattr(self, name).load_state_dict(start.process_state[name])
+        self.step, self.images = start.step, start.images
+        self.accelerator.print(f"resumed from {start.checkpoint}")
+
+    def process_state(self) -> dict[str, Any]:
+        """What accelerate does not save: of this process alone, as `Start.process_state` has it."""
+        return {
+            "step": self.step,
+            "images": self.images,
+            "seconds": self.clock.report(),
+            "processes": self.accelerator.num_processes,
+            **{name: getattr(self, name).state_dict() for name in ("sampler", "meter", "guard")},
+            **self.made_for,
+        }
+
+
+def build_state(
+    options: OptimizationOptions,
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    sampler: TimestepSampler,
+    clock: PhaseClock,
+    max_steps: int | None,
+) -> TrainingState:
+    """The state at the beginning, with AdamW and the average of the weights.
+
+    Args:
+        unet: moves to the accelerator's device.
+        max_steps: of the whole run; None where only time is limited.
+    """
+    optimizer = torch.optim.AdamW(
+        unet.to(accelerator.device).parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,  # which `NonFiniteGuard` needs
+    )
+    lr_scheduler = get_scheduler(
+        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
+    )
+    choose_kernels(unet, accelerator.device, accelerator.mixed_precision, options.compile)
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    ema = WeightAverage(
+        network.parameters(),
+        decay=options.ema_max_decay if options.use_ema else 0.0,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+    )
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    is_scaled = accelerator.scaler is not None
+    return TrainingState(
+        accelerator,
+        network,
+        optimizer,
+        lr_scheduler,
+        ema,
+        sampler,
+        meter=LossMeter(sampler.num_train_timesteps, accelerator.device),
+        guard=NonFiniteGuard(optimizer.optimizer, accelerator.device, is_scaled, options.max_nonfinite_steps),
+        clock=clock,
+        images_per_step=options.images_per_process * accelerator.num_processes,
+        max_grad_norm=options.max_grad_norm,
+    )
+
+
+def identify(state: TrainingState, dataset: ImageDataset) -> dict[str, Any]:
+    """`TrainingState.made_for`."""
+    config = state.accelerator.unwrap_model(state.network).to_json_string()
+    return {"unet": json.loads(config), "data": {"images": len(dataset), "fingerprint": dataset.fingerprint()}}
+
+
+def warm_up(state: TrainingState, image_shape: tuple[int, ...], batch_size: int) -> None:
+    """Run the network and the sampler's losses forward and backward on noise, so that what the first step takes longer
+    for is over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights,
+    gradients and random states as they were.
+
+    That is compilation, autotuning, and DDP's buckets, which settle after the first step, and with them the order of
+    its sums: then it must not be a step of the run.
+    """
+    device, network, sampler = state.accelerator.device, state.network, state.sampler
+    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(2):
+            images = torch.randn(batch_size, *image_shape, device=device)
+            sampler.losses(network(images, timesteps, return_dict=False)[0], timesteps).mean().backward()
+        if sampler.measures_model:
+            network.eval()
+            with torch.no_grad():
+                network(images, timesteps, return_dict=False)
+            network.train()
+    network.zero_grad(set_to_none=True)
