@@ -1,11 +1,13 @@
-"""Training runs in processes of their own: forked from a server that has imported the script once."""
+"""Processes of their own for training runs and scripts: forked from a server that has imported everything once."""
 
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,16 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it gives
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the network would fail at once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch starts, and imports itself in, a pool of compilers
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train_adaptive_ddpm"])
+# Training, generation, and what they import at the first use of the digits and of TensorBoard
+processes.set_forkserver_preload(
+    ["train_adaptive_ddpm", "generate", "sklearn.datasets", "torch.utils.tensorboard", "torch.distributed.fsdp"]
+)
 
 TINY = [
     "--dataset_name",
@@ -114,30 +120,74 @@ class Run:
         return [{k: v for k, v in r.items() if k not in ("train_seconds", "images_per_second")} for r in records]
 
 
-def run_two_ranks(folder, source, *args):
-    """Run Python source with arguments in two processes that can form a process group over gloo."""
-    (folder / "worker.py").write_text(source)
+def _as_script(path, arguments, folder, environment, outputs):
+    """In the new process: standard output and error to files, then the script as from the command line."""
+    for number, output in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv, sys.path[:0] = [path, *arguments], [os.path.dirname(path)]
+    runpy.run_path(path, run_name="__main__")
+
+
+def forked(command, *, env=None, cwd=None, stdout=None, stderr=None, timeout=120, **_):
+    """What `subprocess.run(command, capture_output=True, text=True, ...)` returns, seconds sooner: by a process that is
+    forked from the server, and has little left to import.
+
+    Args:
+        command: `python script.py ...`, or `accelerate launch` of it: then as many processes of it as that starts.
+        stdout: a file that is open for appending, in place of a part of what is returned.
+        stderr: subprocess.STDOUT for the same place.
+    """
+    words, ranks = [str(word) for word in command[1:]], [{}]
+    if words[:2] == ["-m", "accelerate.commands.launch"]:
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        ranks, words = _ranks(int(_value_of("--num_processes", words[:script]))), words[script:]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [stdout.name if stdout else f"{folder}/stdout", f"{folder}/stderr"]
+        outputs = outputs[:1] * 2 if stderr == subprocess.STDOUT else outputs
+        environments = [{**(env or os.environ), **rank} for rank in ranks]
+        started = [
+            processes.Process(target=_as_script, args=(words[0], words[1:], cwd or os.getcwd(), environment, outputs))
+            for environment in environments
+        ]
+        try:
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(timeout)
+                assert process.exitcode is not None, f"{command} runs for more than {timeout} seconds"
+        finally:
+            for process in started:
+                process.kill()
+        printed, complaints = (Path(output).read_text() if Path(output).exists() else "" for output in outputs)
+    code = next((process.exitcode for process in started if process.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, printed, complaints)
+
+
+def _value_of(flag, words):
+    """Of `--flag value` or `--flag=value`."""
+    text = "=".join(words)
+    return text.partition(f"{flag}=")[2].partition("=")[0]
+
+
+def _ranks(number):
+    """The environment variables of processes that can form a process group over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, folder / "worker.py", *args],
-            env={**os.environ, **common, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    common = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "ACCELERATE_USE_CPU": "true"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def run_two_ranks(folder, source, *args):
+    """Run Python source with arguments in two processes that can form a process group over gloo."""
+    (folder / "worker.py").write_text(source)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
+    done = forked([*launch, folder / "worker.py", *args])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def results_of_two_ranks(tmp_path_factory, source, loss):
