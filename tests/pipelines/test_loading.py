@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
+from tiny_networks import tiny_pipeline, tiny_unet
 
 from pipelines import load_configs, load_pipeline
 from pipelines.loading import weight_variants
@@ -14,28 +15,10 @@ from pipelines.loading import weight_variants
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def make_pipeline():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-    return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler(num_train_timesteps=20))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
-
-
-# Variants
 
 
 @pytest.mark.parametrize("shard_size", ["10GB", "10KB"])
@@ -43,7 +26,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_weights_of_a_variant_are_loaded_on_request(folder, variant, safe, shard_size):
     (folder / "unet" / WEIGHTS).unlink()
-    unet = make_pipeline().unet
+    unet = tiny_unet()
     expected = unet.state_dict()
     unet.save_pretrained(folder / "unet", variant=variant, safe_serialization=safe, max_shard_size=shard_size)
     assert weight_variants(str(folder)) == {variant: {"safetensors" if safe else "bin"}}
@@ -67,9 +50,6 @@ def test_half_precision_weights_compute_in_float32(folder):
     half = {name: tensor.half() for name, tensor in load_file(folder / "unet" / WEIGHTS).items()}
     save_file(half, folder / "unet" / WEIGHTS)
     assert load_pipeline(str(folder)).unet.dtype == torch.float32
-
-
-# Broken weights
 
 
 def cut_short(path):
@@ -106,13 +86,10 @@ def test_broken_weights_are_refused(folder, damage, match):
 
 def test_a_missing_shard_is_refused(folder):
     (folder / "unet" / WEIGHTS).unlink()
-    make_pipeline().unet.save_pretrained(folder / "unet", max_shard_size="10KB")
+    tiny_unet().save_pretrained(folder / "unet", max_shard_size="10KB")
     max((folder / "unet").glob("*-of-*")).unlink()
     with pytest.raises((ValueError, OSError), match=r"its weights cannot be loaded.*-of-"):
         load_pipeline(str(folder))
-
-
-# Broken configs
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
@@ -171,3 +148,21 @@ def test_a_config_that_makes_no_image_is_refused_by_name(folder, name, settings,
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises((ValueError, NotImplementedError), match=f"^{folder}.*{match}"):
         load_configs(str(folder))
+
+
+def test_configs_are_found_in_the_oldest_layout(tmp_path):
+    """google/ddpm-cifar10-32 and its siblings keep both configs beside model_index.json."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    for name in ("unet", "scheduler"):
+        for path in (tmp_path / name).iterdir():
+            path.rename(tmp_path / path.name)
+        (tmp_path / name).rmdir()
+    unet_config, scheduler = load_configs(tmp_path)
+    assert unet_config["sample_size"] == 8
+    assert isinstance(scheduler, DDPMScheduler)
+
+
+def test_conditional_networks_are_refused(tmp_path):
+    tiny_pipeline(num_class_embeds=10).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="class-conditional"):
+        load_configs(tmp_path)

@@ -1,0 +1,110 @@
+"""Which timestep samplers, weightings and schedules go together, and what is refused by name."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from sampler_helpers import (
+    RIVALS,
+    alphas_cumprod,
+    every_sampler,
+    every_schedule,
+    make_adapted,
+    make_sampler,
+    never_converges,
+    random_images,
+    scheduler,
+    tables,
+    weighting_table,
+)
+
+from samplers import (
+    LOSS_WEIGHTINGS,
+    METHODS,
+    TIMESTEP_SAMPLERS,
+    AdaptiveSampler,
+    UniformSampler,
+    WienerFilter,
+    make_timestep_sampler,
+)
+
+
+@every_schedule
+@every_sampler
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T):
+    culprits = set()
+    if never_converges(schedule, T):
+        culprits |= {"speed", "change_aware"} & {name, weighting}
+    if alphas_cumprod(schedule, T)[-1] == 0:
+        culprits |= {"edm"} & {weighting}
+    if culprits:
+        with pytest.raises(ValueError, match="|".join(culprits)):
+            make_adapted(name, schedule, T, weighting)
+        return
+    sampler = make_adapted(name, schedule, T, weighting)
+    p, w = sampler.probabilities, sampler.weights
+    assert p.shape == w.shape == (T,)
+    assert p.isfinite().all()
+    assert p.min() > 0
+    assert abs(float(p.double().sum()) - 1) < 1e-5
+    assert w.isfinite().all()
+    assert w.min() >= 0
+    assert w.max() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_published_methods_are_built_by_name(method):
+    sampler = make_timestep_sampler(scheduler(), method, images=random_images())
+    name, weighting, error_filter = METHODS[method]
+    assert type(sampler) is TIMESTEP_SAMPLERS[name]
+    assert torch.allclose(sampler.loss_weights.double(), weighting_table(weighting, tables()))
+    assert isinstance(sampler.error_filter, WienerFilter) == (error_filter == "wiener")
+
+
+def test_methods_pair_the_rivals_as_published():
+    assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none")
+    assert METHODS["edm2"] == ("uncertainty", "edm", "none")
+    assert METHODS["kim"] == ("kim", "none", "none")
+    assert list(METHODS)[-1] == list(TIMESTEP_SAMPLERS)[-1] == "adaptive"
+
+
+def test_uniform_is_uniform_and_adaptive_begins_so():
+    for kind in (UniformSampler, AdaptiveSampler):
+        assert torch.allclose(kind(tables()).probabilities, torch.tensor(1e-3))
+
+
+@pytest.mark.parametrize("kind", ["method", "timestep_sampler", "loss_weighting", "error_filter"])
+def test_unknown_names_are_refused_with_the_known_ones(kind):
+    with pytest.raises(ValueError, match=f"{kind} .*'nonsense'"):
+        make_timestep_sampler(scheduler(), **{kind: "nonsense"})
+
+
+def test_schedulers_without_a_discrete_schedule_are_refused_by_name():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        make_timestep_sampler(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="num_train_timesteps"):
+        make_timestep_sampler(DDPMScheduler(num_train_timesteps=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_beyond_float32_are_refused_by_name(method):
+    almost_no_signal = DDPMScheduler(num_train_timesteps=10000)  # abar_T = 3e-44: EDM's weight is 1e44
+    try:
+        sampler = make_timestep_sampler(almost_no_signal, method, images=random_images())
+    except ValueError as error:
+        assert any(name in str(error) for name in METHODS[method])  # noqa: PT017
+    else:
+        assert sampler.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["loss_second_moment", "adaptive_log_snr"])
+def test_a_density_without_a_floor_is_refused(name):
+    option = {"loss_second_moment": "uniform_prob", "adaptive_log_snr": "uniform_fraction"}[name]
+    with pytest.raises(ValueError, match=option):
+        make_sampler(name, **{option: 0.0})
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_renewing_never_is_refused(name):
+    with pytest.raises(ValueError, match="refresh_every"):
+        make_sampler(name, refresh_every=0)

@@ -1,0 +1,80 @@
+"""InfoNoise: the entropy rate of a Gaussian in closed form, and its averages by bin."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from sampler_helpers import T, falling_loss, make_sampler, tables, total_variation
+
+from samplers import weightings
+from samplers.info_noise import interpolate_missing
+from samplers.loss_aware import NOTHING
+
+
+def gaussian_channel_loss():
+    """[T] the least epsilon-loss there is for images of unit variance: mmse / sigma^2 = 1 / (1 + sigma^2)."""
+    return 1 / (1 + tables().sigma ** 2)
+
+
+def information_density(loss, weighting, pivot):
+    """pi = rho / w with both of the loss of the denoised image, per unit of sigma; then per timestep."""
+    sigma = tables().sigma.numpy()
+    mse = sigma**2 * loss.double().numpy()
+    w = weighting.numpy() / sigma**2
+    pi = mse / sigma**3 * sigma**3 / (sigma**3 + pivot**3) / w
+    p = pi * np.gradient(sigma)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("pivot", [None, 0.15])
+def test_info_noise_follows_the_entropy_rate_of_a_gaussian(pivot):
+    sampler = make_sampler("info_noise", "edm", warmup=100, gate_pivot=pivot)
+    loss = gaussian_channel_loss().float()
+    before = sampler.probabilities.clone()
+    for _ in range(99):
+        sampler.update(torch.arange(T), loss)
+    assert torch.equal(sampler.probabilities, before)  # EDM's own until it is warm
+    np.testing.assert_allclose(before, make_sampler("log_normal", "edm").probabilities)
+    sampler.update(torch.arange(T), loss)
+    sigma = tables().sigma.numpy()
+    rate = loss.numpy() / sigma
+    onset = max(s for s, r in zip(sigma, rate, strict=True) if r >= 0.002 * rate.max())
+    expected = information_density(loss, weightings.edm(tables()), pivot or onset)
+    assert total_variation(sampler.probabilities, torch.from_numpy(expected)) < 0.05
+    assert (sampler.weights == sampler.loss_weights).all()  # the objective's weight stays
+
+
+def test_info_noises_product_does_not_depend_on_the_weighting():
+    products = []
+    for weighting in ("none", "edm", "min_snr"):
+        sampler = make_sampler("info_noise", weighting, warmup=0, floor=0.0)
+        for _ in range(100):
+            sampler.update(torch.arange(T), falling_loss(T))
+        products.append(sampler.probabilities * sampler.weights)
+    for product in products[1:]:
+        torch.testing.assert_close(product / product.sum(), products[0] / products[0].sum(), rtol=1e-3, atol=1e-9)
+
+
+def test_info_noise_averages_the_last_losses_of_each_bin():
+    sampler = make_sampler("info_noise", refresh_every=1)
+    bin_of = sampler._bin_of_timestep
+    t = int((bin_of == bin_of.mode().values).nonzero()[0])
+    seen, average = deque(maxlen=256), None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        losses = torch.rand(10, generator=generator)
+        sampler.update(torch.full((10,), t), losses)
+        seen.extend(losses.tolist())
+        if len(seen) >= 50:
+            average = np.mean(seen) if average is None else 0.1 * average + 0.9 * np.mean(seen)
+            assert float(sampler.bin_losses[bin_of[t]]) == pytest.approx(average, rel=1e-4)
+            assert float(sampler.expected_loss().min()) == pytest.approx(average, rel=1e-4)  # all that is known
+        else:
+            assert not sampler.expected_loss().isfinite().any()
+
+
+def test_missing_bins_are_interpolated():
+    n = NOTHING
+    values = torch.tensor([n, n, 2.0, n, n, n, 6.0, 1.0, n])
+    assert interpolate_missing(values).tolist() == [2, 2, 2, 3, 4, 5, 6, 1, 1]
