@@ -4,12 +4,15 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +65,15 @@ TINY_UNET = {
     "dropout": 0.1,
 }
 
+# A layer of each kind, once where that can be; attention is in the middle. For where each layer is compiled.
+COMPILED_UNET = {
+    **TINY_UNET,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "dropout": 0.0,
+}
+
 
 @pytest.fixture(scope="session")
 def cifar10():
@@ -77,6 +89,15 @@ def digits():
     from images import open_images
 
     return open_images("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits, tmp_path_factory):
+    """A file of the first 340 digits: not many more than a feature extractor with 320 features needs to tell them."""
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    images = torch.stack([digits[i] for i in range(340)])
+    np.savez(path, images.permute(0, 2, 3, 1).numpy())
+    return path
 
 
 def _run(flags, log_path, tamper):
@@ -104,7 +125,7 @@ class Run:
 
     def wait(self, exitcode=0):
         """Wait for the end, which must be by this exit code; None for any."""
-        self.process.join(120)
+        self.process.join(300)
         assert exitcode is None or self.process.exitcode == exitcode, self.output
         return self
 
@@ -120,7 +141,7 @@ class Run:
         return [{k: v for k, v in r.items() if k not in ("train_seconds", "images_per_second")} for r in records]
 
 
-def _as_script(path, arguments, folder, environment, outputs):
+def _as_script(path, arguments, folder, outputs, environment):
     """In the new process: standard output and error to files, then the script as from the command line."""
     for number, output in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -131,39 +152,65 @@ def _as_script(path, arguments, folder, environment, outputs):
     runpy.run_path(path, run_name="__main__")
 
 
-def forked(command, *, env=None, cwd=None, stdout=None, stderr=None, timeout=120, **_):
-    """What `subprocess.run(command, capture_output=True, text=True, ...)` returns, seconds sooner: by a process that is
-    forked from the server, and has little left to import.
+class Forked:
+    """A command that starts a Python script, begun seconds sooner: by a process that is forked from the server, and has
+    little left to import.
 
     Args:
         command: `python script.py ...`, or `accelerate launch` of it: then as many processes of it as that starts.
-        stdout: a file that is open for appending, in place of a part of what is returned.
-        stderr: subprocess.STDOUT for the same place.
+        environment, folder: that it runs in; by default, these of this process.
+        outputs: paths of files for standard output and error; by default, temporary ones.
     """
-    words, ranks = [str(word) for word in command[1:]], [{}]
-    if words[:2] == ["-m", "accelerate.commands.launch"]:
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        ranks, words = _ranks(int(_value_of("--num_processes", words[:script]))), words[script:]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [stdout.name if stdout else f"{folder}/stdout", f"{folder}/stderr"]
-        outputs = outputs[:1] * 2 if stderr == subprocess.STDOUT else outputs
-        environments = [{**(env or os.environ), **rank} for rank in ranks]
-        started = [
-            processes.Process(target=_as_script, args=(words[0], words[1:], cwd or os.getcwd(), environment, outputs))
-            for environment in environments
+
+    def __init__(self, command, environment=None, folder=None, outputs=None):
+        words, ranks = [str(word) for word in command[1:]], [{}]
+        if words[:2] == ["-m", "accelerate.commands.launch"]:
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            ranks, words = _ranks(int(_value_of("--num_processes", words[:script]))), words[script:]
+        self.command, self.scratch = command, tempfile.TemporaryDirectory()
+        self.outputs = outputs or [f"{self.scratch.name}/{name}" for name in ("stdout", "stderr")]
+        common = words[0], words[1:], folder or os.getcwd(), self.outputs
+        self.processes = [
+            processes.Process(target=_as_script, args=(*common, {**(environment or os.environ), **rank}))
+            for rank in ranks
         ]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to every process that lives."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def wait(self, timeout=120):
+        """The end, as a subprocess.CompletedProcess; its exit code is 1, the launcher's, if one of several failed."""
         try:
-            for process in started:
-                process.start()
-            for process in started:
+            for process in self.processes:
                 process.join(timeout)
-                assert process.exitcode is not None, f"{command} runs for more than {timeout} seconds"
+                assert process.exitcode is not None, f"{self.command} runs for more than {timeout} seconds"
+                timeout = timeout if process.exitcode == 0 else 10  # for the others: they may wait for it forever
         finally:
-            for process in started:
-                process.kill()
-        printed, complaints = (Path(output).read_text() if Path(output).exists() else "" for output in outputs)
-    code = next((process.exitcode for process in started if process.exitcode), 0)
-    return subprocess.CompletedProcess(command, code, printed, complaints)
+            self.kill()
+        codes = [process.exitcode for process in self.processes]
+        code = codes[0] if len(codes) == 1 else int(any(codes))
+        printed = [Path(output).read_text() if Path(output).exists() else "" for output in self.outputs]
+        self.scratch.cleanup()
+        return subprocess.CompletedProcess(self.command, code, *printed)
+
+
+def forked(command, *, env=None, cwd=None, stdout=None, stderr=None, timeout=120, **_):
+    """What subprocess.run(command, capture_output=True, text=True) returns, by `Forked`; `stdout` may be a file that is
+    open for appending, and `stderr` subprocess.STDOUT."""
+    outputs = [stdout.name] * 2 if stdout and stderr == subprocess.STDOUT else None
+    return Forked(command, env, cwd, outputs).wait(timeout)
+
+
+def fork_all_but_the_first(module, monkeypatch):
+    """Let a module that launches by subprocess.run do so once; then `forked` does it."""
+    launches = iter([subprocess.run])
+    own = {"run": lambda *args, **options: next(launches, forked)(*args, **options)}
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), **own}))
 
 
 def _value_of(flag, words):

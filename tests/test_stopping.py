@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY, TINY_UNET
+from conftest import REPOSITORY, TINY, TINY_UNET, forked
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -263,7 +263,8 @@ def test_the_model_cards_command_repeats_the_run(train, tmp_path):
     words = command.replace("OTHER_FOLDER", str(tmp_path / "again")).split()
     assert words[:3] == ["accelerate", "launch", "train_adaptive_ddpm.py"]
     words[2] = str(REPOSITORY / words[2])
-    subprocess.run([sys.executable, *words[2:]], cwd=run.folder, check=True, capture_output=True, timeout=120)
+    done = forked([sys.executable, *words[2:]], cwd=run.folder)
+    assert done.returncode == 0, done.stderr
     first, second = (load_file(f / "checkpoint-6" / "model.safetensors") for f in (run.folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -296,6 +297,6 @@ def test_two_starts_by_the_command_line_alike(tmp_path):
     command = [sys.executable, REPOSITORY / "train_adaptive_ddpm.py", *flags]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    again = forked(command)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("train_adaptive_ddpm.py: error: --output_dir ")
