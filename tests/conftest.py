@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -257,3 +258,18 @@ def train(tmp_path):
     yield start
     for run in runs:
         run.process.kill()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """finished_run(folder, "--flag", value): a copy, in a new folder, of what a run with these flags leaves, which is
+    made once."""
+    runs = {}
+
+    def copy(folder, *flags):
+        if flags not in runs:
+            runs[flags] = Run(tmp_path_factory.mktemp("finished") / "run", flags).wait()
+        shutil.copytree(runs[flags].folder, folder)
+        return folder
+
+    return copy
