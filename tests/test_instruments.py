@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED, TINY_UNET
+from conftest import REPOSITORY, SHARED, TINY_UNET, fork_all_but_the_first
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -172,7 +172,8 @@ def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags, messag
         throughput.main(options)
 
 
-def test_the_run_costs_benchmark_runs(tmp_path):
+def test_the_run_costs_benchmark_runs(tmp_path, monkeypatch):
+    fork_all_but_the_first(run_costs, monkeypatch)
     flags = ["--resolution", 8, "--unet", json.dumps(TINY_UNET), "--train_batch_size", 4, "--ddpm_num_steps", 20]
     flags += ["--ddpm_num_inference_steps", 2]
     own = ["--num_processes", 2, "--steps", 2, "--repeats", 1, "--output_json", tmp_path / "costs.json"]
