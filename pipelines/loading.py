@@ -41,7 +41,7 @@ def load_pipeline(name_or_path: str, variant: str | None = None) -> Unconditiona
     # diffusers leaves what the file lacks without any memory
     if missing := [name for name, tensor in pipeline.unet.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{name_or_path}: its weights lack {shortened(missing)}, which its config asks for")
-    if names := nonfinite_weights(pipeline.unet.state_dict().items()):
+    if names := nonfinite_weights(pipeline.unet):
         raise ValueError(f"{name_or_path}: its weights are not finite (NaN or infinity): {shortened(names)}")
     pipeline.unet.float()
     return pipeline

@@ -104,7 +104,7 @@ class UnconditionalPipeline(DDPMPipeline):
         if all(finite):
             return
         bad = [index for index, is_finite in zip(indices, finite, strict=True) if not is_finite]
-        names = nonfinite_weights(self.unet.state_dict().items())
+        names = nonfinite_weights(self.unet)
         raise FloatingPointError(
             f"{len(bad)} of {len(indices)} images are not finite (NaN or infinity), the first is number {bad[0]}; "
             + (

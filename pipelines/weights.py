@@ -6,15 +6,17 @@ from collections.abc import Iterable
 import torch
 
 
-def nonfinite_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """The names of those of (name, tensor) that hold a NaN or an infinity. Waits for the device once."""
-    names, are_finite = [], []
-    for name, tensor in weights:
-        names.append(name)
-        are_finite.append(tensor.isfinite().all())
-    if not names:
-        return []
-    return [name for name, is_finite in zip(names, torch.stack(are_finite).tolist(), strict=True) if not is_finite]
+def are_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """bool [N] on their device: whether each of N tensors is free of NaN and infinity."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors])
+
+
+def nonfinite_weights(module: torch.nn.Module) -> list[str]:
+    """The names of the parameters and buffers that hold a NaN or an infinity. Waits for the device, once."""
+    weights = module.state_dict()
+    return [
+        name for name, is_finite in zip(weights, are_finite(weights.values()).tolist(), strict=True) if not is_finite
+    ]
 
 
 def hash_weights(module: torch.nn.Module, prefix: str = "") -> str:

@@ -1,22 +1,30 @@
 """Which timesteps to train on, and how much each one counts.
 
 A method is a timestep sampler (the density p_t), a loss weighting (c_t: what a timestep counts in the objective) and an
-error filter (what an error counts within its timestep).
+error filter (what an error counts within its timestep). Installed, this package is `adaptive_timesteps`; the folder
+`samplers`, copied into another project, is the same package by that name. It imports PyTorch alone.
+
+    from adaptive_timesteps import antithetic_randn, make_timestep_sampler     # or: from samplers import ...
 
     sampler = make_timestep_sampler(noise_scheduler, "adaptive", images=some_training_images, device=device)
-    timesteps, weights = sampler.sample(batch_size)
+
+    noise = antithetic_randn(*images.shape, device=device)
+    timesteps, weights = sampler.sample(len(images))
     ...                                             # errors: [batch_size, C, H, W], eps_theta - eps
     losses = sampler.losses(errors, timesteps)
     sampler.update(timesteps, losses.detach())
     (weights * losses).mean().backward()
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 
 from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
-from .base import TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares, of_first_rank
+from .base import ErrorFilter, TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares, of_first_rank
 from .clts import CLTSSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
@@ -31,7 +39,9 @@ from .uniform import UniformSampler
 from .weightings import epsilon_loss_scale
 from .wiener import WienerFilter
 
-TIMESTEP_SAMPLERS = {
+__version__ = "0.1.0"
+
+TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
     "uniform": UniformSampler,
     "speed": SpeeDSampler,
     "log_normal": LogNormalSampler,
@@ -45,11 +55,14 @@ TIMESTEP_SAMPLERS = {
     "adaptive": AdaptiveSampler,
 }
 
-LOSS_WEIGHTINGS = {
+LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
     name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
 }
 
-ERROR_FILTERS = {"none": lambda schedule, spectrum, device: mean_squares, "wiener": WienerFilter}
+ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
+    "none": lambda schedule, spectrum, device: mean_squares,
+    "wiener": WienerFilter,
+}
 
 PARTS = {"timestep_sampler": TIMESTEP_SAMPLERS, "loss_weighting": LOSS_WEIGHTINGS, "error_filter": ERROR_FILTERS}
 
@@ -62,7 +75,7 @@ class Method(NamedTuple):
     error_filter: str = "none"
 
     @property
-    def needs_images(self):
+    def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
         return self.loss_weighting == "spectral" or self.error_filter != "none"
 
@@ -116,13 +129,20 @@ __all__ = [
 ]
 
 
-def make_timestep_sampler(noise_scheduler, method="adaptive", *, images=None, device="cpu", **options):
+def make_timestep_sampler(
+    noise_scheduler: object,
+    method: str = "adaptive",
+    *,
+    images: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> TimestepSampler:
     """Build a method's sampler for a diffusers noise scheduler.
 
     With `torch.distributed` initialised, all ranks must call it: they use the first one's images.
 
     Args:
-        noise_scheduler: a diffusers scheduler with `alphas_cumprod`, or a `NoiseSchedule`.
+        noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`.
         method: a key of `METHODS`.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
             `spectral` and the filter `wiener`, which are those of the method `adaptive`.
@@ -134,25 +154,27 @@ def make_timestep_sampler(noise_scheduler, method="adaptive", *, images=None, de
         ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
             does not allow.
     """
-    method = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
+    parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    if method.needs_images and images is None:
-        raise ValueError(
-            f"loss_weighting {method.loss_weighting!r} with error_filter {method.error_filter!r} needs `images`, "
-            "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
-        )
-    spectrum = of_first_rank(Spectrum.of(images)) if method.needs_images else None
-    loss_weights = checked_weights(method.loss_weighting, noise_scheduler, spectrum)
-    error_filter = ERROR_FILTERS[method.error_filter](noise_scheduler, spectrum, device=device)
-    sampler_class = TIMESTEP_SAMPLERS[method.timestep_sampler]
+    spectrum = None
+    if parts.needs_images:
+        if images is None:
+            raise ValueError(
+                f"loss_weighting {parts.loss_weighting!r} with error_filter {parts.error_filter!r} needs `images`, "
+                "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
+            )
+        spectrum = of_first_rank(Spectrum.of(images))
+    loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
+    error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)
+    sampler_class = TIMESTEP_SAMPLERS[parts.timestep_sampler]
     try:
         return sampler_class(noise_scheduler, loss_weights, error_filter=error_filter, device=device, **options)
     except TypeError as error:
-        raise ValueError(f"timestep_sampler_options {options} for {method.timestep_sampler!r}: {error}") from error
+        raise ValueError(f"options {options} of timestep_sampler {parts.timestep_sampler!r}: {error}") from error
 
 
-def resolve_method(method, **parts):
+def resolve_method(method: str, **parts: str | None) -> Method:
     """The `Method` of that name, with any part replaced that is given and not None.
 
     Raises:
@@ -165,9 +187,9 @@ def resolve_method(method, **parts):
     return resolved
 
 
-def checked_weights(name, schedule, spectrum=None):
+def checked_weights(name: str, schedule: NoiseSchedule, spectrum: Spectrum | None = None) -> torch.Tensor:
     """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
-    data = [spectrum.variances.flatten()] if name == "spectral" else []
+    data = [spectrum.variances.flatten()] if name == "spectral" and spectrum is not None else []
     values = LOSS_WEIGHTINGS[name](schedule, *data).float()  # as it will be used: EDM's may overflow
     if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
         bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])

@@ -1,7 +1,17 @@
 """Adam (arXiv 1412.6980, algorithm 1) on a flat vector, for samplers that own parameters: all its state is tensors."""
 
+import torch
 
-def adam_step(parameters, gradient, moments, step, learning_rate, betas=(0.9, 0.999), eps=1e-8):
+
+def adam_step(
+    parameters: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: torch.Tensor,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> None:
     """Update `parameters` [P] and `moments` [2, P] in place; `step` counts from 1."""
     first, second = moments
     first.lerp_(gradient, 1 - betas[0])

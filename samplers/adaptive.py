@@ -1,11 +1,13 @@
 """Ours: the density of least gradient variance for a given objective, learned from the run's own losses."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .loss_aware import LossAwareSampler
+from .schedule import NoiseSchedule
 
 
 class AdaptiveSampler(LossAwareSampler):
@@ -38,15 +40,15 @@ class AdaptiveSampler(LossAwareSampler):
 
     def __init__(
         self,
-        schedule,
-        loss_weights=None,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
         *,
-        uniform_fraction=0.1,
-        warmup=5.0,
-        memory=0.2,
-        smoothing=0.005,
-        **options,
-    ):
+        uniform_fraction: float = 0.1,
+        warmup: float = 5.0,
+        memory: float = 0.2,
+        smoothing: float = 0.005,
+        **options: Any,
+    ) -> None:
         if not 0 < uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
         if not memory > 0:
@@ -60,7 +62,7 @@ class AdaptiveSampler(LossAwareSampler):
         self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
         self.draws_seen = torch.zeros((), device=self.device)
 
-    def expected_loss(self):
+    def expected_loss(self) -> torch.Tensor:
         """[T] the current estimate of E[l_t]."""
         radius = len(self._kernel) // 2
         # Not a convolution: cuDNN may choose another algorithm on another process, and tables must be alike on all.
@@ -81,7 +83,7 @@ class AdaptiveSampler(LossAwareSampler):
         self._set_density((1 - f) * optimal + f / self.num_train_timesteps)
 
 
-def gaussian_kernel(std):
+def gaussian_kernel(std: float) -> torch.Tensor:
     """[2r + 1] a Gaussian of standard deviation `std` timesteps, cut at r = 3 std."""
     radius = math.ceil(3 * std)
     t = torch.arange(-radius, radius + 1)

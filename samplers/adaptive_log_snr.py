@@ -1,8 +1,11 @@
 """VDM++ (Kingma & Gao 2023, arXiv 2303.00848, "adaptive noise schedule"): sample log-SNR where the weighted loss is."""
 
+from typing import Any
+
 import torch
 
 from .loss_aware import LossAwareSampler
+from .schedule import NoiseSchedule
 
 
 class AdaptiveLogSNRSampler(LossAwareSampler):
@@ -30,13 +33,22 @@ class AdaptiveLogSNRSampler(LossAwareSampler):
     corrects_for_density = True
     state_names = (*LossAwareSampler.state_names, "bin_losses")
 
-    def __init__(self, schedule, loss_weights=None, *, num_bins=100, ema_rate=0.999, uniform_fraction=0.001, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        num_bins: int = 100,
+        ema_rate: float = 0.999,
+        uniform_fraction: float = 0.001,
+        **options: Any,
+    ) -> None:
         if not 0 < uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
         self.num_bins, self.ema_rate, self.uniform_fraction = num_bins, ema_rate, uniform_fraction
         super().__init__(schedule, loss_weights, **options)
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         log_snr = schedule.snr.log()
         if not log_snr[-1].isfinite():  # zero terminal SNR
             log_snr[-1] = log_snr[-2] - 1

@@ -1,14 +1,19 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .schedule import NoiseSchedule
 
+ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
+DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
+Value = TypeVar("Value")
 
-def mean_squares(errors, timesteps=None):
+
+def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
     """[B] the mean squares of `errors` [B, ...], in float32."""
     return errors.float().square().flatten(1).mean(1)
 
@@ -46,22 +51,22 @@ class TimestepSampler:
         device: where draws are made and tables live.
     """
 
-    corrects_for_density = False
-    antithetic_noise = False
-    measures_model = False  # whether `before_update` and `after_update` run the network, without gradients
-    state_names = ()  # tensors and numbers that a subclass learns: saved, and restored by `load_state_dict`
+    corrects_for_density: bool = False
+    antithetic_noise: bool = False
+    measures_model: bool = False  # whether `before_update` and `after_update` run the network, without gradients
+    state_names: tuple[str, ...] = ()  # what a subclass learns, tensors and numbers: saved and restored
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        loss_weights=None,
+        loss_weights: torch.Tensor | None = None,
         *,
-        error_filter=mean_squares,
-        low_discrepancy=True,
-        antithetic_noise=None,
-        seed=0,
-        device="cpu",
-    ):
+        error_filter: ErrorFilter = mean_squares,
+        low_discrepancy: bool = True,
+        antithetic_noise: bool | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter
@@ -75,19 +80,21 @@ class TimestepSampler:
         self._generator = torch.Generator(self.device)
         self._set_density(self.initial_density(schedule))
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         """[T] the density to begin with; need not be normalised."""
         return torch.ones(schedule.num_train_timesteps)
 
     @property
-    def weights(self):
+    def weights(self) -> torch.Tensor:
         """[T] w_t, the factor on the loss of an example at t."""
         if not self.corrects_for_density:
             return self.loss_weights
         return self.loss_weights / (self.num_train_timesteps * self.probabilities)
 
     @torch.no_grad()
-    def sample(self, batch_size, generator=None, images=None):
+    def sample(
+        self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
+    ) -> TimestepBatch:
         """Draw a batch: timesteps [B] int64 in [0, T) and weights [B] float32, on `device`.
 
         Args:
@@ -112,7 +119,7 @@ class TimestepSampler:
         unpaired = torch.arange(count - count % 2, count, device=self.device)
         return torch.cat([first, unpaired, first + 1])
 
-    def losses(self, errors, timesteps):
+    def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components.
 
         Args:
@@ -121,10 +128,10 @@ class TimestepSampler:
         """
         return self.error_filter(errors, timesteps)
 
-    def update(self, timesteps, losses):
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Learn from a step. timesteps: [B] as drawn; losses: [B] of `losses`, detached."""
 
-    def before_update(self, images, denoising_loss):
+    def before_update(self, images: torch.Tensor, denoising_loss: DenoisingLoss) -> None:
         """Measure the model before the optimiser moves it; only for a sampler that learns from what an update changes.
 
         Args:
@@ -133,10 +140,10 @@ class TimestepSampler:
                 unweighted epsilon-losses, without gradients, dropout or use of the global random state.
         """
 
-    def after_update(self, denoising_loss):
+    def after_update(self, denoising_loss: DenoisingLoss) -> None:
         """The optimiser has moved the model: measure it again."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next draws depend on."""
         state = {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
         for name in ("seed", "num_draws", "probabilities", *self.state_names):
@@ -144,7 +151,7 @@ class TimestepSampler:
             state[name] = value.cpu().clone() if torch.is_tensor(value) else value
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the sampler that was saved would have.
 
         Raises:
@@ -186,25 +193,25 @@ class TimestepSampler:
         return torch.as_tensor(values).to(self.device, torch.float32)
 
 
-def antithetic_randn(batch_size, *shape, **options):
+def antithetic_randn(batch_size: int, *shape: int, **options: Any) -> torch.Tensor:
     """`torch.randn`, in which the second half of the batch is minus the first."""
     half = torch.randn((batch_size + 1) // 2, *shape, **options)
     return torch.cat([half, -half])[:batch_size]
 
 
-def fold_seed(seed, counter, stream=0):
+def fold_seed(seed: int, counter: int, stream: int = 0) -> int:
     """A seed for event number `counter` of a run, in 32 bits, which is all that a CPU generator reads: counters do not
     collide within a stream, and other streams and run seeds lie far away (Knuth's multiplicative hash)."""
     return ((seed * 2654435761 + stream) * 2654435761 + counter) % 2**32
 
 
-def rank_and_world_size():
+def rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def of_first_rank(value):
+def of_first_rank(value: Value) -> Value:
     """The first rank's `value`, on all of them."""
     values = [value]
     if rank_and_world_size()[1] > 1:

@@ -1,9 +1,12 @@
 """CLTS, a curriculum learning based timestep schedule (Xu et al. 2024, "Towards Faster Training of Diffusion Models: An
 Inspiration of A Consistency Phenomenon", arXiv 2404.07946): from uniform to a Gaussian over t."""
 
+from typing import Any
+
 import torch
 
-from .base import TimestepSampler
+from .base import TimestepBatch, TimestepSampler
+from .schedule import NoiseSchedule
 
 
 class CLTSSampler(TimestepSampler):
@@ -27,8 +30,16 @@ class CLTSSampler(TimestepSampler):
     """
 
     def __init__(
-        self, schedule, loss_weights=None, *, mu=0.3, sigma=0.3, num_updates=50_000, refresh_every=100, **options
-    ):
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        mu: float = 0.3,
+        sigma: float = 0.3,
+        num_updates: int = 50_000,
+        refresh_every: int = 100,
+        **options: Any,
+    ) -> None:
         self.mu, self.sigma = mu, sigma
         self.num_updates, self.refresh_every = num_updates, refresh_every
         super().__init__(schedule, loss_weights, **options)
@@ -37,7 +48,9 @@ class CLTSSampler(TimestepSampler):
         gaussian = torch.exp(-0.5 * ((t - mu) / sigma) ** 2)
         self._gaussian = self._table(gaussian / gaussian.sum())
 
-    def sample(self, batch_size, generator=None, images=None):
+    def sample(
+        self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
+    ) -> TimestepBatch:
         if self.num_draws % self.refresh_every == 0:
             progress = min(self.num_draws / self.num_updates, 1.0)
             self._set_density((1 - progress) / self.num_train_timesteps + progress * self._gaussian)

@@ -1,9 +1,12 @@
 """InfoNoise (Raya et al. 2026, arXiv 2602.18647): train where noisy observations tell most about the clean image."""
 
+from typing import Any
+
 import torch
 
 from .log_normal import LogNormalSampler
 from .loss_aware import NOTHING, LossHistorySampler
+from .schedule import NoiseSchedule
 
 
 class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
@@ -46,20 +49,20 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
 
     def __init__(
         self,
-        schedule,
-        loss_weights=None,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
         *,
-        num_bins=64,
-        bin_history=256,
-        min_bin_count=50,
-        beta=0.9,
-        gate_exponent=3.0,
-        gate_pivot=0.15,
-        onset=0.002,
-        warmup=2000,
-        refresh_every=100,
-        **options,
-    ):
+        num_bins: int = 64,
+        bin_history: int = 256,
+        min_bin_count: int = 50,
+        beta: float = 0.9,
+        gate_exponent: float = 3.0,
+        gate_pivot: float | None = 0.15,
+        onset: float = 0.002,
+        warmup: int = 2000,
+        refresh_every: int = 100,
+        **options: Any,
+    ) -> None:
         self.min_bin_count, self.beta, self.warmup = min_bin_count, beta, warmup
         self.gate_exponent, self.gate_pivot, self.onset = gate_exponent, gate_pivot, onset
         log_sigma = schedule.sigma.log()
@@ -78,7 +81,7 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
         self._floor = self._table(self.floor / self.num_train_timesteps / self.loss_weights.clamp_min(1.0))
         self.bin_losses = torch.full((num_bins,), NOTHING, device=self.device)
 
-    def expected_loss(self):
+    def expected_loss(self) -> torch.Tensor:
         """[T] the current estimate of E[L_t], the loss of the noise; not finite until one bin has enough losses."""
         return interpolate_missing(self.bin_losses)[self._bin_of_timestep]
 
@@ -103,7 +106,7 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
         self._set_density(density + self._floor)
 
 
-def interpolate_missing(values):
+def interpolate_missing(values: torch.Tensor) -> torch.Tensor:
     """[K] with NOTHING replaced by the line between the nearest neighbours; beyond the last of these, by that one."""
     K = len(values)
     i = torch.arange(K, device=values.device)

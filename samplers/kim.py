@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch.distributions import Beta
 
 from .adam import adam_step
-from .base import TimestepBatch, TimestepSampler, fold_seed, rank_and_world_size
+from .base import DenoisingLoss, TimestepBatch, TimestepSampler, fold_seed, rank_and_world_size
+from .schedule import NoiseSchedule
 
 CHANNELS, HIDDEN = (32, 64, 128), (256, 256)  # of the policy network
 
@@ -60,34 +62,39 @@ class KimSampler(TimestepSampler):
 
     def __init__(
         self,
-        schedule,
-        loss_weights=None,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
         *,
-        update_every=40,
-        num_selected=3,
-        queue_length=20,
-        entropy_coef=0.01,
-        learning_rate=0.01,
-        max_grad_norm=1.0,
-        **options,
-    ):
+        update_every: int = 40,
+        num_selected: int = 3,
+        queue_length: int = 20,
+        entropy_coef: float = 0.01,
+        learning_rate: float = 0.01,
+        max_grad_norm: float = 1.0,
+        **options: Any,
+    ) -> None:
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
         self.update_every, self.num_selected = update_every, num_selected
         self.entropy_coef, self.learning_rate, self.max_grad_norm = entropy_coef, learning_rate, max_grad_norm
         self._vlb_scale = self._table(vlb_scale(schedule))
-        self.channels = self.policy = self.moments = None  # phi, flat, from the first images on
+        self.channels: Any = None  # these three: of phi, which is flat, from the first images on
+        self.policy: Any = None
+        self.moments: Any = None
         self.policy_steps = self.num_falls = self.updates = 0
         self.falls = torch.zeros(queue_length, T, device=self.device)
         self.selected = torch.arange(num_selected, device=self.device)
-        self._drawn = self._before = None  # of the update that is being measured
+        self._drawn: Any = None  # these two: of the update that is being measured
+        self._before: Any = None
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         start = torch.full((1,), 0.5, dtype=torch.float64)
         return beta_table(F.softplus(start), F.softplus(start), schedule.num_train_timesteps)[0]
 
     @torch.no_grad()
-    def sample(self, batch_size, generator=None, images=None):
+    def sample(
+        self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
+    ) -> TimestepBatch:
         if images is None:
             self._drawn = None
             return super().sample(batch_size, generator)
@@ -107,7 +114,7 @@ class KimSampler(TimestepSampler):
         return TimestepBatch(timesteps, self._weights[timesteps])
 
     @torch.no_grad()
-    def before_update(self, images, denoising_loss):
+    def before_update(self, images: torch.Tensor, denoising_loss: DenoisingLoss) -> None:
         if self._drawn is None or self.updates % self.update_every:
             return
         one = images[torch.randint(len(images), (1,), generator=self._stream(self.updates, 13), device=self.device)]
@@ -116,7 +123,7 @@ class KimSampler(TimestepSampler):
         self._before = images, one, *self._vlb_terms(images, one, denoising_loss)
 
     @torch.no_grad()
-    def after_update(self, denoising_loss):
+    def after_update(self, denoising_loss: DenoisingLoss) -> None:
         if self._before is not None:
             images, one, *before = self._before
             after = self._vlb_terms(images, one, denoising_loss)
@@ -183,7 +190,7 @@ class KimSampler(TimestepSampler):
         return self._generator.manual_seed(fold_seed(self.seed, counter, stream))
 
 
-def vlb_scale(schedule):
+def vlb_scale(schedule: NoiseSchedule) -> torch.Tensor:
     """[T] beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) / log 2 with sigma_t^2 = beta_t, and at t = 0 the posterior's
     variance at t = 1 (DDPM's "fixed large"); 0 where alpha_t is 0. Times the mean squared epsilon-error, it is the only
     part of KL(q(x_t-1 | x_t, x_0) ‖ p(x_t-1 | x_t)), in bits per dimension, that depends on the model."""
@@ -197,7 +204,7 @@ def vlb_scale(schedule):
     return torch.where(alpha > 0, scale, 0.0)
 
 
-def best_predictors(rows, k):
+def best_predictors(rows: torch.Tensor, k: int) -> torch.Tensor:
     """[k] the columns of [N, T] `rows` that correlate best with the rows' sums, in order; the highest of equals, and
     columns that never change last."""
     rows = rows.double()
@@ -207,14 +214,14 @@ def best_predictors(rows, k):
     return squared_correlation.nan_to_num(0.0).argsort(stable=True)[-k:].sort().values
 
 
-def parameter_shapes(channels):
+def parameter_shapes(channels: int) -> list[tuple[int, ...]]:
     """Of the policy network: weight and bias of each layer, for images of that many channels."""
     convolutions = [(o, i, 3, 3) for i, o in pairwise((channels, *CHANNELS))]
     linears = [(o, i) for i, o in pairwise((CHANNELS[-1] * 4 * 4, *HIDDEN, 2))]
     return [shape for weight in convolutions + linears for shape in (weight, weight[:1])]
 
 
-def initial_policy(channels, seed):
+def initial_policy(channels: int, seed: int) -> torch.Tensor:
     """[P] phi: as torch initialises its layers, but for the last: 0, and a bias of 0.5."""
     generator = torch.Generator().manual_seed(seed)
     *hidden, last_weight, last_bias = parameter_shapes(channels)
@@ -226,7 +233,7 @@ def initial_policy(channels, seed):
     return torch.cat([part.flatten() for part in parts])
 
 
-def beta_parameters(policy, channels, images):
+def beta_parameters(policy: torch.Tensor, channels: int, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """alpha and beta [B] of each image [B, C, H, W]."""
     shapes = parameter_shapes(channels)
     parts = policy.split([math.prod(shape) for shape in shapes])
@@ -241,7 +248,7 @@ def beta_parameters(policy, channels, images):
     return (F.softplus(F.linear(x, *layers[-1])) + 1e-5).unbind(1)
 
 
-def beta_table(alpha, beta, T, num_points=4097):
+def beta_table(alpha: torch.Tensor, beta: torch.Tensor, T: int, num_points: int = 4097) -> torch.Tensor:
     """[B, T] the probability that round((T - 1) x) = t, x ~ Beta(alpha, beta) [B], float64; at least 1e-9 / T.
 
     The distribution function is integrated over z = logit(x), where the density, x^alpha (1 - x)^beta, has no poles,

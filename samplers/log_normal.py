@@ -1,8 +1,11 @@
 """EDM (Karras et al. 2022, arXiv 2206.00364, table 1): noise levels from a log-normal distribution."""
 
+from typing import Any
+
 import torch
 
 from .base import TimestepSampler
+from .schedule import NoiseSchedule
 
 
 class LogNormalSampler(TimestepSampler):
@@ -16,11 +19,20 @@ class LogNormalSampler(TimestepSampler):
         p_mean, p_std: of log sigma, where sigma = sqrt((1 - abar) / abar) and images lie in [-1, 1].
     """
 
-    def __init__(self, schedule, loss_weights=None, *, p_mean=-1.2, p_std=1.2, floor=1e-9, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        floor: float = 1e-9,
+        **options: Any,
+    ) -> None:
         self.p_mean, self.p_std, self.floor = p_mean, p_std, floor
         super().__init__(schedule, loss_weights, **options)
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         log_sigma = schedule.sigma.log()
         midpoints = (log_sigma[1:] + log_sigma[:-1]) / 2
         first = log_sigma[:1] - (midpoints[:1] - log_sigma[:1])

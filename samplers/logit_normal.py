@@ -1,8 +1,11 @@
 """Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, section 3.1, eq. 19): a logit-normal distribution of t."""
 
+from typing import Any
+
 import torch
 
 from .base import TimestepSampler
+from .schedule import NoiseSchedule
 
 
 class LogitNormalSampler(TimestepSampler):
@@ -23,11 +26,20 @@ class LogitNormalSampler(TimestepSampler):
         floor: total mass of the uniform part, before it is divided by the weight.
     """
 
-    def __init__(self, schedule, loss_weights=None, *, m=0.0, s=1.0, floor=1e-9, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        m: float = 0.0,
+        s: float = 1.0,
+        floor: float = 1e-9,
+        **options: Any,
+    ) -> None:
         self.m, self.s, self.floor = m, s, floor
         super().__init__(schedule, loss_weights, **options)
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         T = schedule.num_train_timesteps
         edges = (torch.arange(T + 1, dtype=torch.float64) / T).logit()
         mass = torch.special.ndtr((edges - self.m) / self.s).diff()

@@ -1,9 +1,12 @@
 """What samplers that learn from the run's losses have in common: how these are collected, on one process or many."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from .base import TimestepSampler, rank_and_world_size
+from .schedule import NoiseSchedule
 
 EXPLODED = 1e8  # a loss beyond this says nothing about its timestep; float32 sums stay finite
 NOTHING = torch.inf  # in a history, where no loss was seen yet
@@ -21,9 +24,16 @@ class LossAwareSampler(TimestepSampler):
         refresh_every: updates between two renewals.
     """
 
-    state_names = ("pending", "updates", "rank")
+    state_names: tuple[str, ...] = ("pending", "updates", "rank")
 
-    def __init__(self, schedule, loss_weights=None, *, refresh_every=20, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        refresh_every: int = 20,
+        **options: Any,
+    ) -> None:
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, not {refresh_every}")
         super().__init__(schedule, loss_weights, **options)
@@ -33,7 +43,7 @@ class LossAwareSampler(TimestepSampler):
         self.pending = self._nothing()
 
     @torch.no_grad()
-    def update(self, timesteps, losses):
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         losses = losses.detach().float()
         self._collect(timesteps, losses, losses.abs() < EXPLODED)
         self.updates += 1
@@ -41,11 +51,15 @@ class LossAwareSampler(TimestepSampler):
             pending, self.pending = self._of_all_processes(self.pending), self._nothing()
             self._renew(pending)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         rank = self.rank
         super().load_state_dict(state)
         if self.rank != rank:  # the losses since the last renewal are another process's, which counts them itself
             self.pending, self.rank = self._nothing(), rank
+
+    def _renew(self, pending: torch.Tensor) -> None:
+        """Learn from what all processes have seen since the last time; see `_nothing` for its shape."""
+        raise NotImplementedError
 
     def _nothing(self):
         """[2, T] the sum of losses and their number."""
@@ -71,9 +85,17 @@ class LossHistorySampler(LossAwareSampler):
         history_length: H.
     """
 
-    state_names = (*LossAwareSampler.state_names, "history")
+    state_names: tuple[str, ...] = (*LossAwareSampler.state_names, "history")
 
-    def __init__(self, schedule, loss_weights=None, *, history_length, bin_of_timestep=None, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        history_length: int,
+        bin_of_timestep: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
         T = schedule.num_train_timesteps
         bin_of_timestep = torch.arange(T) if bin_of_timestep is None else bin_of_timestep
         self._history_shape = int(bin_of_timestep.max()) + 1, history_length
@@ -98,7 +120,7 @@ class LossHistorySampler(LossAwareSampler):
         return pending
 
 
-def push(history, rows, values, usable):
+def push(history: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     """[K, H] `history` after the usable ones of `values` [B], in their order, were appended to `rows` [B]; of each row
     the oldest are shifted out. No order of writing is left open, and nothing waits for the device."""
     K, H = history.shape
@@ -113,7 +135,7 @@ def push(history, rows, values, usable):
     return torch.cat([shifted, shifted[:1]]).scatter_(0, target, values[order])[:-1].view(K, H)
 
 
-def latest(history, length):
+def latest(history: torch.Tensor, length: int) -> torch.Tensor:
     """[K, length] the last losses of each row [K, H]; NOTHING in front where there are fewer."""
     seen_last = (history != NOTHING).to(torch.int8).argsort(dim=1, stable=True)
     return history.gather(1, seen_last)[:, -length:]

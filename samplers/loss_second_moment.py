@@ -1,8 +1,11 @@
 """IDDPM (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.3, eq. 18): importance sampling by E[L_t^2]."""
 
+from typing import Any
+
 import torch
 
 from .loss_aware import LossHistorySampler
+from .schedule import NoiseSchedule
 
 
 class LossSecondMomentSampler(LossHistorySampler):
@@ -26,7 +29,15 @@ class LossSecondMomentSampler(LossHistorySampler):
 
     corrects_for_density = True
 
-    def __init__(self, schedule, loss_weights=None, *, history_per_term=10, uniform_prob=0.001, **options):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        history_per_term: int = 10,
+        uniform_prob: float = 0.001,
+        **options: Any,
+    ) -> None:
         if not 0 < uniform_prob <= 1:
             raise ValueError(f"uniform_prob must be in (0, 1], not {uniform_prob}")
         self.uniform_prob = uniform_prob

@@ -16,7 +16,7 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
 
     @classmethod
-    def from_scheduler(cls, noise_scheduler):
+    def from_scheduler(cls, noise_scheduler: object) -> "NoiseSchedule":
         """Read the schedule of a diffusers scheduler that has one (DDPM, DDIM, DPM-Solver, ...).
 
         Raises:
@@ -33,21 +33,21 @@ class NoiseSchedule:
         return cls(torch.as_tensor(alphas_cumprod).detach().cpu().double())
 
     @property
-    def num_train_timesteps(self):
+    def num_train_timesteps(self) -> int:
         """T."""
         return len(self.alphas_cumprod)
 
     @property
-    def snr(self):
+    def snr(self) -> torch.Tensor:
         """[T] signal-to-noise ratio, abar_t / (1 - abar_t)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @property
-    def sigma(self):
+    def sigma(self) -> torch.Tensor:
         """[T] noise level relative to the signal, 1 / sqrt(snr_t): EDM's sigma. Infinite where the SNR is zero."""
         return self.snr.rsqrt()
 
     @property
-    def alphas_cumprod_slope(self):
+    def alphas_cumprod_slope(self) -> torch.Tensor:
         """[T] d(abar_t)/dt, per timestep; negative."""
         return torch.gradient(self.alphas_cumprod)[0]

@@ -1,5 +1,6 @@
 """The spectrum of a data set: how much its images vary at each spatial frequency."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ class Spectrum(NamedTuple):
     variances: torch.Tensor  # [C, H, W] float64: s_i^2 on each axis at each frequency, in the order of torch.fft.fft2
 
     @classmethod
-    def of(cls, images, batch_size=64):
+    def of(cls, images: torch.Tensor, batch_size: int = 64) -> "Spectrum":
         """The spectrum of a data set, about its mean image.
 
         Args:
@@ -39,13 +40,16 @@ class Spectrum(NamedTuple):
         if not 0 < covariance.trace() < torch.inf:
             raise ValueError(
                 f"the {N} training images do not vary (or are not finite), so they have no spectrum to train by: "
-                "choose another loss weighting and error filter, such as --loss_weighting none --error_filter none"
+                "choose another method, or the loss weighting and the error filter 'none' (of the training script: "
+                "--loss_weighting none --error_filter none)"
             )
         axes = torch.linalg.eigh(covariance).eigenvectors.T
         return cls(axes, total(lambda some: component_powers(some, axes).sum(0)) / (N - 1))
 
 
-def component_powers(images, axes, transform=torch.fft.fft2):
+def component_powers(
+    images: torch.Tensor, axes: torch.Tensor, transform: Callable[..., torch.Tensor] = torch.fft.fft2
+) -> torch.Tensor:
     """[N, C, H, W] the squared magnitudes of the components of `images` [N, C, H, W], of `axes` [C, C].
 
     Their sum over an image is the sum of its squared pixels. With torch.fft.rfft2 as the transform, they are
@@ -55,7 +59,7 @@ def component_powers(images, axes, transform=torch.fft.fft2):
     return torch.view_as_real(components).square().sum(-1)
 
 
-def relative_gains(variances, signal, noise):
+def relative_gains(variances: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """K_i / abar_t = s_i^2 / (abar_t s_i^2 + 1 - abar_t), of the shape of `variances` and the noise level together.
 
     K_i = s_i^2 / (s_i^2 + sigma_t^2) is the gain of the best linear denoiser of x_t / sqrt(abar_t), Wiener's. Divided

@@ -1,8 +1,11 @@
 """SpeeD (Wang et al. 2024, arXiv 2405.17403): draw the nearly converged noisy end less often."""
 
+from typing import Any
+
 import torch
 
 from .base import TimestepSampler
+from .schedule import NoiseSchedule
 
 
 class SpeeDSampler(TimestepSampler):
@@ -20,11 +23,13 @@ class SpeeDSampler(TimestepSampler):
         ValueError: the schedule never converges in this sense, so it has no tau.
     """
 
-    def __init__(self, schedule, loss_weights=None, *, k=5.0, **options):
+    def __init__(
+        self, schedule: NoiseSchedule, loss_weights: torch.Tensor | None = None, *, k: float = 5.0, **options: Any
+    ) -> None:
         self.k = k
         super().__init__(schedule, loss_weights, **options)
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         t = torch.arange(schedule.num_train_timesteps)
         tau = convergence_boundary(schedule, "timestep sampler 'speed'")
         self._mirror = torch.where(t < tau, tau - t, t - tau).to(self.device)
@@ -44,7 +49,7 @@ class SpeeDSampler(TimestepSampler):
         return torch.cat([half, self._mirror[half]])
 
 
-def convergence_boundary(schedule, needed_by):
+def convergence_boundary(schedule: NoiseSchedule, needed_by: str) -> int:
     """tau: the first timestep from which d sqrt(1 - abar_t) / dt stays under 0.1 / T.
 
     Raises:

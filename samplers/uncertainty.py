@@ -1,12 +1,14 @@
 """EDM2 (Karras et al. 2024, arXiv 2312.02696, eqs. 14-16 and 21): weights by a learned uncertainty."""
 
 import math
+from typing import Any
 
 import torch
 
 from .adam import adam_step
 from .log_normal import LogNormalSampler
 from .loss_aware import LossAwareSampler
+from .schedule import NoiseSchedule
 
 
 class UncertaintySampler(LossAwareSampler, LogNormalSampler):
@@ -40,12 +42,20 @@ class UncertaintySampler(LossAwareSampler, LogNormalSampler):
     state_names = (*LossAwareSampler.state_names, "coefficients", "moments", "steps")
 
     def __init__(
-        self, schedule, loss_weights=None, *, p_mean=-0.8, p_std=1.6, num_features=128, learning_rate=0.01, **options
-    ):
+        self,
+        schedule: NoiseSchedule,
+        loss_weights: torch.Tensor | None = None,
+        *,
+        p_mean: float = -0.8,
+        p_std: float = 1.6,
+        num_features: int = 128,
+        learning_rate: float = 0.01,
+        **options: Any,
+    ) -> None:
         self.num_features, self.learning_rate = num_features, learning_rate
         super().__init__(schedule, loss_weights, p_mean=p_mean, p_std=p_std, **options)
 
-    def initial_density(self, schedule):
+    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         log_sigma = schedule.sigma.log()
         log_sigma = log_sigma.clamp(max=float(log_sigma[log_sigma.isfinite()].max()) + 1)  # zero terminal SNR
         generator = torch.Generator().manual_seed(0)  # the same features in every run
@@ -60,12 +70,12 @@ class UncertaintySampler(LossAwareSampler, LogNormalSampler):
         return super().initial_density(schedule)
 
     @property
-    def log_uncertainty(self):
+    def log_uncertainty(self) -> torch.Tensor:
         """[T] u(sigma_t)."""
         return self._features @ self.coefficients
 
     @property
-    def weights(self):
+    def weights(self) -> torch.Tensor:
         return (self.loss_weights * torch.exp(-self.log_uncertainty)).float()
 
     def _renew(self, pending):

@@ -5,28 +5,31 @@ objective: what the model should be good at. Weights for v- or x_0-prediction ar
 `epsilon_loss_scale` converts.
 """
 
+from typing import Literal
+
 import torch
 
+from .schedule import NoiseSchedule
 from .spectrum import relative_gains
 from .speed import convergence_boundary
 
 
-def none(schedule):
+def none(schedule: NoiseSchedule) -> torch.Tensor:
     """c_t = 1: DDPM's simple loss (arXiv 2006.11239, eq. 14)."""
     return torch.ones_like(schedule.alphas_cumprod)
 
 
-def min_snr(schedule, gamma=5.0):
+def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> torch.Tensor:
     """c_t = min(snr_t, gamma) / snr_t: Min-SNR-gamma (arXiv 2303.09556, eq. 8, for eps-prediction)."""
     return (gamma / schedule.snr).clamp(max=1.0)
 
 
-def p2(schedule, k=1.0, gamma=1.0):
+def p2(schedule: NoiseSchedule, k: float = 1.0, gamma: float = 1.0) -> torch.Tensor:
     """c_t = 1 / (k + snr_t)^gamma: perception prioritized (arXiv 2204.00227, eq. 8)."""
     return (k + schedule.snr) ** -gamma
 
 
-def change_aware(schedule, ceiling=0.6):
+def change_aware(schedule: NoiseSchedule, ceiling: float = 0.6) -> torch.Tensor:
     """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
     from [min, max] to [1 - ceiling, ceiling] below the boundary tau; 1 above it."""
     tau = convergence_boundary(schedule, "loss_weighting 'change_aware'")
@@ -37,13 +40,13 @@ def change_aware(schedule, ceiling=0.6):
     return weights
 
 
-def edm(schedule, sigma_data=0.5):
+def edm(schedule: NoiseSchedule, sigma_data: float = 0.5) -> torch.Tensor:
     """c_t = 1 + (sigma_t / sigma_data)^2: EDM's (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2 on the loss of the
     denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss."""
     return 1 + (schedule.sigma / sigma_data) ** 2
 
 
-def bell(schedule, k=2.0):
+def bell(schedule: NoiseSchedule, k: float = 2.0) -> torch.Tensor:
     """A bell in log-SNR: mass (sigma / (1 + sigma^2))^k per unit of log sigma, mean 1.
 
     Per timestep that is c_t ∝ |d log sigma_t / dt| (sigma_t / (1 + sigma_t^2))^k
@@ -56,7 +59,7 @@ def bell(schedule, k=2.0):
     return mass / mass.mean()
 
 
-def spectral(schedule, variances):
+def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
     """c_t ∝ dM_t/dt: the share of an image's variance that sampling decides at t. Mean 1.
 
     M_t = sum_i s_i^2 sigma_t^2 / (s_i^2 + sigma_t^2) is how much of an image's variance x_t leaves open, to the best
@@ -76,7 +79,9 @@ def spectral(schedule, variances):
     return decided / decided.mean()
 
 
-def epsilon_loss_scale(schedule, prediction_type):
+def epsilon_loss_scale(
+    schedule: NoiseSchedule, prediction_type: Literal["epsilon", "v_prediction", "sample"]
+) -> torch.Tensor:
     """[T] the factor that turns the mean squared error of a network's prediction into its epsilon-loss.
 
     With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0.

@@ -2,7 +2,8 @@
 
 import torch
 
-from .spectrum import component_powers, relative_gains
+from .schedule import NoiseSchedule
+from .spectrum import Spectrum, component_powers, relative_gains
 
 
 class WienerFilter:
@@ -27,7 +28,13 @@ class WienerFilter:
         device: of the errors.
     """
 
-    def __init__(self, schedule, spectrum, plain_fraction=0.1, device="cpu"):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        spectrum: Spectrum,
+        plain_fraction: float = 0.1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not 0 < plain_fraction <= 1:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         self.plain_fraction = plain_fraction
@@ -50,7 +57,7 @@ class WienerFilter:
             )
         )
 
-    def __call__(self, errors, timesteps):
+    def __call__(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the losses of `errors` [B, C, H, W] in eps at `timesteps` [B].
 
         Raises:

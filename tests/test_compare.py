@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHARED, TINY_UNET
+from conftest import SHARED, TINY_UNET, fork_all_but_the_first
 from PIL import Image
 
 import compare
@@ -87,13 +87,14 @@ def test_bad_flags_end_before_any_training(flags, parts, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_methods_for_real_and_resumed(tmp_path, capsys):
+def test_two_methods_for_real_and_resumed(few_digits, tmp_path, capsys, monkeypatch):
+    fork_all_but_the_first(compare, monkeypatch)
     regnet = SHARED / "metrics" / "cifar10-regnet"
     if not regnet.is_dir():
         pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
     folder = tmp_path / "out"
     flags = ["--output_dir", folder, "--max_train_seconds", 1, "--methods", "ddpm", "speed", "--score_at", 1]
-    flags += ["--dataset_name", "digits", "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--logger", "none"]
+    flags += ["--dataset_name", few_digits, "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--logger", "none"]
     flags += ["--logging_steps", 5, "--eval_num_images", 330, "--eval_num_inference_steps", 2, "--train_batch_size", 8]
     flags += ["--ddpm_num_steps", 100, "--ddpm_num_inference_steps", 2]  # too few for SpeeD's boundary: a failure
     flags = [str(flag) for flag in [*flags, "--eval_feature_extractor", regnet]]

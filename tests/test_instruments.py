@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED, TINY_UNET
+from conftest import REPOSITORY, SHARED, TINY_UNET, fork_all_but_the_first
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import gradient_probe
+import method_pictures
 import run_costs
 import swap_test
 import throughput
@@ -171,7 +172,8 @@ def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags, messag
         throughput.main(options)
 
 
-def test_the_run_costs_benchmark_runs(tmp_path):
+def test_the_run_costs_benchmark_runs(tmp_path, monkeypatch):
+    fork_all_but_the_first(run_costs, monkeypatch)
     flags = ["--resolution", 8, "--unet", json.dumps(TINY_UNET), "--train_batch_size", 4, "--ddpm_num_steps", 20]
     flags += ["--ddpm_num_inference_steps", 2]
     own = ["--num_processes", 2, "--steps", 2, "--repeats", 1, "--output_json", tmp_path / "costs.json"]
@@ -184,3 +186,20 @@ def test_the_run_costs_benchmark_runs(tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="--num_processes 3: must divide"):
         run_costs.main(["--num_processes", "3", "--output_json", "x.json", "--", "--train_batch_size", "4"])
+
+
+def test_the_pictures_of_the_method_are_made_and_small(tmp_path):
+    method_pictures.main(method_pictures.PictureOptions(output_dir=str(tmp_path)))
+    made = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(made) == {path.name for path in (REPOSITORY / "docs").glob("method_*.png")}
+    assert max(made.values()) < 100_000
+
+
+def test_rings_of_frequencies_have_the_cycles_of_fft2():
+    """One wave of (2, 1) cycles an image has all its power in the ring of their length, rounded."""
+    i = torch.arange(8.0)
+    wave = torch.cos(2 * torch.pi * (2 * i[:, None] + i[None]) / 8)
+    power = torch.fft.fft2(wave).abs().square()[None]
+    rings, lengths = method_pictures.rings_of(power)
+    means = method_pictures.by_ring(power, rings)
+    assert [int(length) for length, mean in zip(lengths, means, strict=True) if mean > 1e-6] == [2]

@@ -168,12 +168,12 @@ def test_a_pipelines_folder_is_a_model_config(train, tmp_path):
 # The output folder
 
 
-def test_results_are_never_overwritten_unasked(train):
-    first = train("run", "--max_train_steps", 6).wait()
-    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+def test_results_are_never_overwritten_unasked(train, finished_run, tmp_path):
+    first = finished_run(tmp_path / "run", "--max_train_steps", 6)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     again = train("run", "--max_train_steps", 6).wait(1)
     assert "--overwrite_output_dir" in again.output.splitlines()[-1]
-    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_that_is_no_run_is_not_overwritten(train, tmp_path):

@@ -242,9 +242,8 @@ def test_another_runs_checkpoint_goes_on_in_an_empty_folder_alone(train, finishe
 
 
 @pytest.mark.parametrize("name", ["checkpoint-99", "unet", "README.md"])
-def test_files_of_others_in_the_way_are_named_before_any_work(train, tmp_path, name):
-    train("run", "--max_train_steps", 6).wait()
-    run_folder = tmp_path / "run"
+def test_files_of_others_in_the_way_are_named_before_any_work(train, finished_run, tmp_path, name):
+    run_folder = finished_run(tmp_path / "run", "--max_train_steps", 6)
     if (run_folder / name).exists():
         (run_folder / LIST_FILE).write_text((run_folder / LIST_FILE).read_text().replace(f"{name}\n", ""))
     if name == "unet":

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -138,9 +139,8 @@ def slow_down(script, seconds):
 
 
 @pytest.mark.parametrize("harm", ["cut short", "changed", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, never_stopped, harm):
-    run = train("run", "--max_train_steps", 12).wait()
-    newest = run.folder / "checkpoint-12"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, finished_run, never_stopped, tmp_path, harm):
+    newest = finished_run(tmp_path / "run", *ADAPTING, "--max_train_steps", 12) / "checkpoint-12"
     victim = newest / ("manifest.json" if harm == "no manifest" else "optimizer.bin")
     content = victim.read_bytes()
     if harm == "cut short":
@@ -172,8 +172,8 @@ def test_latest_without_a_checkpoint_starts_a_run(train, never_stopped):
     assert_identical(final_state(run.folder), final_state(never_stopped.folder))
 
 
-def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, never_stopped):
-    train("run").wait()
+def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, never_stopped, tmp_path):
+    shutil.copytree(never_stopped.folder, tmp_path / "run")
     back = train("run", "--resume_from_checkpoint", "checkpoint-18", "--learning_rate", 1e-4).wait()
     assert "checkpoint-24 is discarded" in back.output
     assert "--learning_rate 0.0001, which was 0.001" in back.output
@@ -197,9 +197,9 @@ def test_another_runs_checkpoint_is_kept_from_the_first_moment(train, never_stop
     assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
 
 
-def test_a_finished_run_resumed_keeps_its_summary(train):
-    first = train("run").wait()
-    before = json.loads((first.folder / "training_summary.json").read_text())
+def test_a_finished_run_resumed_keeps_its_summary(train, never_stopped, tmp_path):
+    shutil.copytree(never_stopped.folder, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "training_summary.json").read_text())
     again = train("run", "--resume_from_checkpoint", "latest").wait()
     after = json.loads((again.folder / "training_summary.json").read_text())
     assert {**after, "seconds": None} == {**before, "seconds": None}

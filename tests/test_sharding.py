@@ -1,12 +1,10 @@
 """What the training loop does to weights that FSDP2 has sharded, on two CPU processes."""
 
-import os
-import subprocess
 import sys
 
 import torch
 import yaml
-from conftest import REPOSITORY, run_two_ranks
+from conftest import REPOSITORY, forked, run_two_ranks
 from diffusers import UNet2DModel
 
 WORKER = """
@@ -72,12 +70,8 @@ def test_fsdp_wraps_blocks_that_the_network_has():
 
 def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path):
     run_two_ranks(tmp_path, WORKER, tmp_path, "sharded")
-    subprocess.run(
-        [sys.executable, tmp_path / "worker.py", tmp_path, "whole"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        check=True,
-        timeout=120,
-    )
+    whole = forked([sys.executable, tmp_path / "worker.py", tmp_path, "whole"])
+    assert whole.returncode == 0, whole.stderr
     whole, sharded = (torch.load(tmp_path / f"{kind}.pt") for kind in ("whole", "sharded"))
     assert whole["skipped"] == sharded["skipped"] == 2
     torch.testing.assert_close(sharded, whole)

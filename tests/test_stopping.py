@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY, TINY_UNET
+from conftest import REPOSITORY, TINY, TINY_UNET, forked
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,9 +46,9 @@ def poison_weights(script, step, which):
 
 @pytest.mark.parametrize("which", ["weights", "averaged weights"])
 @pytest.mark.parametrize("step", [13, 24])
-def test_weights_that_are_not_finite_are_never_saved_over_finite_ones(train, tmp_path, which, step):
-    first = train("run", "--max_train_steps", 12).wait()
-    good = (first.folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+def test_weights_that_are_not_finite_are_never_saved_over_finite_ones(train, finished_run, tmp_path, which, step):
+    first = finished_run(tmp_path / "run", "--max_train_steps", 12)
+    good = (first / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     tamper = functools.partial(poison_weights, step=step - 12, which=which)
     run = train("run", "--resume_from_checkpoint", "latest", tamper=tamper).wait(1)
     last_good = {13: "checkpoint-12", 24: "checkpoint-18"}[step]
@@ -235,9 +235,8 @@ def test_without_a_clock_since_boot_setup_begins_now(monkeypatch):
     assert PhaseClock().seconds("setup") < 1
 
 
-def test_a_damaged_line_of_the_log_costs_that_line_alone(train):
-    run = train("run", "--max_train_steps", 12).wait()
-    path = run.folder / "metrics.jsonl"
+def test_a_damaged_line_of_the_log_costs_that_line_alone(train, finished_run, tmp_path):
+    path = finished_run(tmp_path / "run", "--max_train_steps", 12) / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], b"\xff{" + lines[1], *lines[2:]]) + b"\n")
     assert [record["step"] for record in read_metrics(path)] == [4, 12]
@@ -246,9 +245,8 @@ def test_a_damaged_line_of_the_log_costs_that_line_alone(train):
     assert "1 damaged line(s) left out" in again.output
 
 
-def test_a_damaged_line_that_is_still_json_does_not_stop_the_end(train):
-    run = train("run", "--max_train_steps", 12).wait()
-    path = run.folder / "metrics.jsonl"
+def test_a_damaged_line_that_is_still_json_does_not_stop_the_end(train, finished_run, tmp_path):
+    path = finished_run(tmp_path / "run", "--max_train_steps", 12) / "metrics.jsonl"
     first, *others = path.read_text().splitlines()
     record = json.loads(first)
     record["density"] = [*record["density"], 0.5]  # one bit makes a comma of a point
@@ -262,7 +260,8 @@ def test_the_model_cards_command_repeats_the_run(train, tmp_path):
     words = command.replace("OTHER_FOLDER", str(tmp_path / "again")).split()
     assert words[:3] == ["accelerate", "launch", "train_adaptive_ddpm.py"]
     words[2] = str(REPOSITORY / words[2])
-    subprocess.run([sys.executable, *words[2:]], cwd=run.folder, check=True, capture_output=True, timeout=120)
+    done = forked([sys.executable, *words[2:]], cwd=run.folder)
+    assert done.returncode == 0, done.stderr
     first, second = (load_file(f / "checkpoint-6" / "model.safetensors") for f in (run.folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -276,11 +275,10 @@ class Payload:
 
 
 @pytest.mark.parametrize("file", ["custom_checkpoint_0.pkl", "optimizer.bin", "process_state_0.pt"])
-def test_a_checkpoint_runs_no_code(train, file):
+def test_a_checkpoint_runs_no_code(train, finished_run, tmp_path, file):
     from training.checkpoints import MANIFEST, _checksums
 
-    run = train("run", "--max_train_steps", 6).wait()
-    checkpoint = run.folder / "checkpoint-6"
+    checkpoint = finished_run(tmp_path / "run", "--max_train_steps", 6) / "checkpoint-6"
     torch.save(Payload(), checkpoint / file)
     (checkpoint / MANIFEST).write_text(json.dumps(_checksums(checkpoint)))
     refused = train("run", "--resume_from_checkpoint", "latest").wait(1)
@@ -295,6 +293,6 @@ def test_two_starts_by_the_command_line_alike(tmp_path):
     command = [sys.executable, REPOSITORY / "train_adaptive_ddpm.py", *flags]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    again = forked(command)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("train_adaptive_ddpm.py: error: --output_dir ")

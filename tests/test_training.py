@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ADAPTING, REPOSITORY, SHARED, TINY, TINY_UNET
+from conftest import ADAPTING, COMPILED_UNET, REPOSITORY, SHARED, TINY, TINY_UNET, forked
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -172,12 +172,12 @@ def test_accumulated_batches_add_up_to_one(train):
     assert parts.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
 
 
-def launch_two_processes(folder, *flags):
-    """Train as the README says for several processes on a CPU; returns the folder."""
+def train_two_processes(folder, *flags, run=forked):
+    """Train as the README says for several processes on a CPU, to the letter by subprocess.run; returns the folder."""
     launch = ["accelerate.commands.launch", "--config_file", REPOSITORY / "accelerate_configs" / "cpu.yaml"]
     command = [sys.executable, "-m", *launch, "--num_processes=2", "--main_process_port=0"]
     command += [REPOSITORY / "train_adaptive_ddpm.py", *TINY, "--output_dir", folder, *flags]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
+    result = run([str(part) for part in command], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -219,13 +219,13 @@ def test_an_error_filter_changes_what_is_trained_but_not_what_the_losses_by_time
     assert abs(filtered["loss"] / plain["loss"] - 1) > 0.01
 
 
-@pytest.mark.parametrize("sampler", ["adaptive", "speed"])
-def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
+@pytest.mark.parametrize(("sampler", "run"), [("adaptive", subprocess.run), ("speed", forked)])
+def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler, run):
     """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
     noise, together those of one process, and that their sampler tables agree."""
     flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip", *(ADAPTING if sampler == "adaptive" else [])]
     one = train("one", *flags, "--train_batch_size", 16)
-    two = launch_two_processes(tmp_path / "two", *flags)
+    two = train_two_processes(tmp_path / "two", *flags, run=run)
     one.wait()
     assert distance(weights(two), weights(one.folder)) < 1e-4
     states = [torch.load(two / "checkpoint-24" / f"process_state_{rank}.pt") for rank in (0, 1)]
@@ -243,7 +243,7 @@ def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler):
 
 
 def test_fifty_compiled_steps_match_eager_ones(train):
-    flags = (*SMOOTH, *ADAPTING, "--max_train_steps", 50)
+    flags = (*SMOOTH, *ADAPTING, "--max_train_steps", 50, "--unet", json.dumps(COMPILED_UNET))
     eager, compiled = train("eager", *flags).wait(), train("compiled", *flags, "--compile").wait()
     assert distance(weights(compiled.folder), weights(eager.folder)) < 1e-4
     for name in ("loss", "density", "weight"):
@@ -296,11 +296,11 @@ def scores(folder):
     return {record["step"]: record["fd"] for record in records if "fd" in record}
 
 
-def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, regnet):
+def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, regnet, few_digits):
     """Of the same images, by torch-fidelity; and of two processes that of one."""
     flags = ("--eval_steps", 12, "--eval_num_images", 330, "--eval_num_inference_steps", 3, "--train_batch_size", 16)
-    flags = [*SMOOTH, *flags, "--eval_feature_extractor", regnet]
-    two = launch_two_processes(tmp_path / "two", *flags, "--train_batch_size", 8)
+    flags = [*SMOOTH, *flags, "--eval_feature_extractor", regnet, "--dataset_name", few_digits]
+    two = train_two_processes(tmp_path / "two", *flags, "--train_batch_size", 8)
     run = train("run", *flags).wait()
     assert list(scores(run.folder)) == [12, 24]
     for step, score in scores(run.folder).items():
@@ -308,7 +308,7 @@ def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, re
 
     pipeline = UnconditionalPipeline.from_pretrained(run.folder)
     images = pipeline.sample(range(330), seed=0, num_inference_steps=3)
-    reference = open_images("digits").decode_all(show_progress=False)
+    reference = open_images(few_digits).decode_all(show_progress=False)
     assert torch_fidelity_distance(images, reference, regnet) == pytest.approx(scores(run.folder)[24], rel=1e-3)
     seconds = json.loads((run.folder / "training_summary.json").read_text())["seconds"]
     assert seconds["eval"] > seconds["train"] / 20  # timed apart
@@ -339,9 +339,10 @@ def torch_fidelity_distance(images, reference, extractor):
     return metrics[torch_fidelity.KEY_METRIC_FID]
 
 
-def test_scores_come_by_seconds_too(train, regnet):
+def test_scores_come_by_seconds_too(train, regnet, few_digits):
     flags = ("--max_train_steps", 10**6, "--max_train_seconds", 3, "--eval_seconds", 1, "--eval_num_images", 330)
-    run = train("run", *flags, "--eval_num_inference_steps", 2, "--eval_feature_extractor", regnet).wait()
+    flags = (*flags, "--eval_num_inference_steps", 2, "--eval_feature_extractor", regnet)
+    run = train("run", *flags, "--dataset_name", few_digits).wait()
     assert 1 <= len(scores(run.folder)) <= 3
     refused = train("few", "--eval_steps", 5, "--eval_num_images", 320, "--eval_feature_extractor", regnet).wait(1)
     assert "--eval_num_images 320: must exceed the extractor's 320 features" in refused.output

@@ -2,11 +2,11 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import forked
 from PIL import Image
 from pyarrow.parquet import read_table
 
@@ -29,12 +29,12 @@ def run(saved, folder, **options):
     return folder
 
 
-def launch(*line):
-    """generate.py by two processes on the CPU, as its docstring has it."""
+def launch(*line, run=forked):
+    """generate.py by two processes on the CPU, as its docstring has it: to the letter by subprocess.run."""
     root = Path(generate.__file__).parent
     launcher = f"--config_file {root}/accelerate_configs/cpu.yaml --num_processes 2 --main_process_port 0"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), generate.__file__, *line]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run(command, capture_output=True, text=True, timeout=120)
 
 
 def contents(folder):

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import shutil
+import subprocess
 import time
 
 import datasets
@@ -129,7 +130,7 @@ def test_the_network_always_sees_whole_batches(saved, tmp_path, monkeypatch):
 
 def test_two_processes_write_the_same_files(saved, tmp_path):
     expected = contents(run(saved, tmp_path / "one", num_images=19))
-    process = launch(*flags(saved, tmp_path / "two", num_images=19))
+    process = launch(*flags(saved, tmp_path / "two", num_images=19), run=subprocess.run)
     assert process.returncode == 0, process.stderr
     assert contents(tmp_path / "two") == expected
     assert record(tmp_path / "two")["num_processes"] == 2

@@ -4,12 +4,12 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import Forked
 from generation_helpers import FORMATS, contents, flags, record, run
 
 import generate
@@ -49,13 +49,12 @@ def test_a_run_that_dies_in_a_write_resumes_to_the_same_files(saved, tmp_path, m
 def test_a_killed_process_resumes_to_the_same_files(saved, tmp_path):
     options = {"num_images": 1200, "num_inference_steps": 1, "grid_images": 4}
     folder = tmp_path / "killed"
-    script = [sys.executable, generate.__file__]
-    process = subprocess.Popen([*script, *flags(saved, folder, **options)], stderr=subprocess.DEVNULL)
+    process = Forked([sys.executable, generate.__file__, *flags(saved, folder, **options)])
     deadline = time.monotonic() + 60
     while not (folder / "images" / "000040.png").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.wait().returncode == -signal.SIGKILL
     left = {name: data for name, data in contents(folder).items() if name.endswith(".png")}
     assert 40 < len(left) < 1200
     assert record(folder)["status"] == "running"
@@ -86,13 +85,14 @@ def test_what_a_kill_left_of_a_block_that_has_since_grown_is_deleted(saved, tmp_
 def test_a_signal_ends_the_run_in_one_line(saved, tmp_path, number):
     options = {"num_images": 100_000, "num_inference_steps": 1}
     command = [sys.executable, generate.__file__, *flags(saved, tmp_path / "out", **options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked(command)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "images" / "000040.png").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(number)
-    output = process.communicate(timeout=30)[1]
-    assert process.returncode == 128 + number
+    process.kill(number)
+    done = process.wait(timeout=30)
+    output = done.stderr
+    assert done.returncode == 128 + number
     assert "Traceback" not in output
     written = len([name for name in contents(tmp_path / "out") if name.endswith(".png")])
     line = re.search(r"stopped by (\w+): (\d+) of 100000 images are in .*; the same command goes on$", output)

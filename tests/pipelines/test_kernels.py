@@ -2,12 +2,11 @@
 
 import json
 import platform
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_UNET
+from conftest import COMPILED_UNET, TINY_UNET, forked
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
@@ -21,9 +20,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REPLACED = (nn.GroupNorm, Upsample2D)
 
 
-def unet():
+def unet(settings=TINY_UNET):
     torch.manual_seed(0)
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **{**TINY_UNET, "dropout": 0.0})
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **{**settings, "dropout": 0.0})
 
 
 def chosen(device, mixed_precision, compiled):
@@ -218,11 +217,12 @@ print(page_faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_memory_is_used_again_without_page_faults():
+def test_freed_memory_is_used_again_without_page_faults(tmp_path):
     faults = {}
+    (tmp_path / "script.py").write_text(FREED_AND_TAKEN_AGAIN)
     for what in ("keep", "give back"):
-        command = [sys.executable, "-c", FREED_AND_TAKEN_AGAIN, what]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        done = forked([sys.executable, tmp_path / "script.py", what])
+        assert done.returncode == 0, done.stderr
         faults[what] = int(done.stdout)
     assert faults["keep"] < 0.01 * faults["give back"]
 
@@ -235,7 +235,7 @@ def test_compiled_sampling_makes_the_same_images(device):
     """On a GPU as a CUDA graph, whose output each step overwrites."""
     images = []
     for compiled in (False, True):
-        model = unet().to(device)
+        model = unet(COMPILED_UNET).to(device)
         choose_kernels(model, torch.device(device), "no", compiled, mode="reduce-overhead")
         pipeline = UnconditionalPipeline(model, DDPMScheduler())
         pipeline.set_progress_bar_config(disable=True)
