@@ -12,7 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -46,7 +46,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: UNet2DModel, scheduler: KarrasDiffusionSchedulers, id2label: dict | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        id2label: Optional[dict] = None,  # noqa: UP045  diffusers 0.35 looks at these types, and knows no dict | None
+    ):
         super().__init__()
         id2label = read_id2label(id2label, unet.config.num_class_embeds)
         self.register_modules(unet=unet, scheduler=scheduler)
