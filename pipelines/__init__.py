@@ -1,20 +1,26 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
 from pipelines.checks import image_shape
+from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids
 from pipelines.denoising import denoising_steps
 from pipelines.kernels import choose_kernels
 from pipelines.loading import check_variant, load_configs, load_pipeline
 from pipelines.pictures import make_grid_image, to_pil
+from pipelines.sampling import EVERYWHERE, sample_images
 from pipelines.unconditional import UnconditionalPipeline
 
 __all__ = [
+    "EVERYWHERE",
+    "ClassConditionalPipeline",
     "UnconditionalPipeline",
     "check_variant",
     "choose_kernels",
     "denoising_steps",
+    "find_label_ids",
     "image_shape",
     "load_configs",
     "load_pipeline",
     "make_grid_image",
+    "sample_images",
     "to_pil",
 ]

@@ -16,11 +16,11 @@ def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of the images that a U-Net with this config makes.
 
     Raises:
-        ValueError: it is class-conditional, has a learned variance, or does not name its size.
+        ValueError: it takes conditions other than class labels, has a learned variance, or does not name its size.
     """
     channels, size = unet_config.get("in_channels", 3), unet_config.get("sample_size")
-    if unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"):
-        raise ValueError("the UNet2DModel is class-conditional; only unconditional ones are sampled here")
+    if embedding := unet_config.get("class_embed_type"):
+        raise ValueError(f"the UNet2DModel has class_embed_type={embedding!r}; only plain class labels are known here")
     if (outputs := unet_config.get("out_channels", 3)) != channels:
         raise ValueError(f"the UNet2DModel has in_channels={channels} but out_channels={outputs}")
     if size is None:
@@ -43,7 +43,8 @@ def check_forward(unet: UNet2DModel, shape: tuple[int, int, int]) -> None:
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
         images, timesteps = torch.empty(2, *shape), torch.zeros(2, dtype=torch.long)
-        output = unet(images, timesteps, return_dict=False)[0]
+        class_labels = timesteps if unet.config.num_class_embeds else None
+        output = unet(images, timesteps, class_labels, return_dict=False)[0]
     if output.shape != images.shape:
         raise ValueError(f"images of {list(shape)} come out as {list(output.shape[1:])}")
 

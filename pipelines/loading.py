@@ -1,18 +1,24 @@
-"""Loads an unconditional pipeline from a folder or the Hub, or says in one line what is wrong with it."""
+"""Loads a pipeline from a folder or the Hub, or says in one line what is wrong with it.
+
+A folder may come from anyone: none of the code in it is run, whatever its model_index.json names.
+"""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from pipelines.checks import check_forward, check_scheduler, image_shape
-from pipelines.unconditional import UnconditionalPipeline
+from pipelines.class_conditional import MODULE, ClassConditionalPipeline, read_id2label
 from pipelines.weights import nonfinite_weights
+
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+CLASS_CONDITIONAL = [MODULE, ClassConditionalPipeline.__name__]
 
 MAX_TRAIN_TIMESTEPS = 10**6  # more is a typing error, and its tables could exhaust the memory
 # diffusers' names: diffusion_pytorch_model[.VARIANT][-00001-of-00002].safetensors; older shards had the variant last
@@ -21,7 +27,21 @@ WEIGHTS = re.compile(
 )
 
 
-def load_pipeline(name_or_path: str, variant: str | None = None) -> UnconditionalPipeline:
+class PipelineConfigs(NamedTuple):
+    """What there is to know of a pipeline without its weights.
+
+    Attributes:
+        unet: the U-Net's config.
+        scheduler: made of its config.
+        id2label: {0: "airplane", ...} the classes; None of an unconditional pipeline.
+    """
+
+    unet: dict[str, Any]
+    scheduler: DDPMScheduler | DDIMScheduler
+    id2label: dict[int, str] | None
+
+
+def load_pipeline(name_or_path: str, variant: str | None = None) -> DDPMPipeline | ClassConditionalPipeline:
     """The pipeline of a folder or Hub id, in float32, whatever precision its files have.
 
     Args:
@@ -29,22 +49,27 @@ def load_pipeline(name_or_path: str, variant: str | None = None) -> Unconditiona
 
     Raises:
         ValueError: weights that are absent, cannot be read, do not fit the network's config or are not finite.
+        ValueError, NotImplementedError, OSError: see `load_configs`.
     """
+    configs = load_configs(name_or_path)
     check_variant(name_or_path, variant)
     formats = weight_variants(name_or_path).get(variant, set()) if os.path.isdir(name_or_path) else set()
     with one_kind_of_error(f"{name_or_path}: its weights cannot be loaded"):
-        pipeline = UnconditionalPipeline.from_pretrained(
+        unet = UNet2DModel.from_pretrained(
             name_or_path,
+            subfolder=load_component_config(UNet2DModel, name_or_path, "unet")[1],
             variant=variant,
             use_safetensors=False if formats == {"bin"} else None,  # on its own, diffusers does not find .bin shards
         )
     # diffusers leaves what the file lacks without any memory
-    if missing := [name for name, tensor in pipeline.unet.state_dict().items() if tensor.is_meta]:
+    if missing := [name for name, tensor in unet.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{name_or_path}: its weights lack {shortened(missing)}, which its config asks for")
-    if names := nonfinite_weights(pipeline.unet):
+    if names := nonfinite_weights(unet):
         raise ValueError(f"{name_or_path}: its weights are not finite (NaN or infinity): {shortened(names)}")
-    pipeline.unet.float()
-    return pipeline
+    unet.float()
+    if configs.id2label is None:
+        return DDPMPipeline(unet, configs.scheduler)
+    return ClassConditionalPipeline(unet, configs.scheduler, configs.id2label)
 
 
 def check_variant(name_or_path: str, variant: str | None) -> None:
@@ -71,50 +96,72 @@ def weight_variants(folder: str) -> dict[str | None, set[str]]:
     return variants
 
 
-def load_configs(name_or_path: str) -> tuple[dict[str, Any], DDPMScheduler | DDIMScheduler]:
-    """The U-Net's config and the scheduler of a pipeline folder or Hub id; reads no weights.
+def load_configs(name_or_path: str) -> PipelineConfigs:
+    """The configs of a pipeline folder or Hub id; reads no weights.
 
     Raises:
-        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, a conditional U-Net, or a
-            config with which no image can be made.
+        ValueError: other components than one UNet2DModel and a DDPM or DDIM scheduler, classes other than the
+            network's, or a config with which no image can be made.
         NotImplementedError: a scheduler of a kind that is not implemented here.
         OSError: no such folder, or no such id on the Hub.
     """
-    with one_kind_of_error(f"{name_or_path}/model_index.json"):
-        index = DiffusionPipeline.load_config(name_or_path)
-        kind = index["_class_name"]
-        found = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple)}
-    schedulers = ("DDPMScheduler", "DDIMScheduler")
-    if found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in schedulers]:
-        listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
-        raise ValueError(
-            f"{name_or_path} is a {kind} of {listed}; an unconditional pipeline has just "
-            f"unet=UNet2DModel and scheduler={' or '.join(schedulers)}"
-        )
+    index = load_index(name_or_path)
     with one_kind_of_error(f"{name_or_path}/unet"):
-        unet_config = load_component_config(UNet2DModel, name_or_path, "unet")
+        unet_config, _ = load_component_config(UNet2DModel, name_or_path, "unet")
         check_unet_config(unet_config)
+    with one_kind_of_error(f"{name_or_path}/model_index.json"):
+        id2label = read_classes(index, unet_config.get("num_class_embeds"))
     with one_kind_of_error(f"{name_or_path}/scheduler"):
-        scheduler_class = getattr(diffusers, found["scheduler"])
-        config = load_component_config(scheduler_class, name_or_path, "scheduler")
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        config, _ = load_component_config(scheduler_class, name_or_path, "scheduler")
         check_train_timesteps(config)
         scheduler = scheduler_class.from_config(config)
         check_scheduler(scheduler)
-    return unet_config, scheduler
+    return PipelineConfigs(unet_config, scheduler, id2label)
 
 
-def load_component_config(component: type, name_or_path: str, subfolder: str) -> dict[str, Any]:
-    """A component's config. The first DDPMs on the Hub (google/ddpm-cifar10-32, ...) keep all in one folder."""
+def load_index(name_or_path: str) -> dict[str, Any]:
+    """The content of model_index.json, of a pipeline of a kind that is known here."""
+    with one_kind_of_error(f"{name_or_path}/model_index.json"):
+        index = DiffusionPipeline.load_config(name_or_path)
+        kind = index["_class_name"]
+        lists = {name: value for name, value in index.items() if isinstance(value, list | tuple)}
+        found = {name: value[1] for name, value in lists.items() if name != "_class_name"}
+    has_own_code = "_class_name" in lists and kind != CLASS_CONDITIONAL
+    if has_own_code or found not in [{"unet": "UNet2DModel", "scheduler": scheduler} for scheduler in SCHEDULERS]:
+        listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
+        raise ValueError(
+            f"{name_or_path} is a {kind} of {listed}; the pipelines loaded here are diffusers' own and "
+            f"{CLASS_CONDITIONAL[1]}, and have just unet=UNet2DModel and scheduler={' or '.join(SCHEDULERS)}"
+        )
+    return index
+
+
+def read_classes(index: dict[str, Any], num_class_embeds: int | None) -> dict[int, str] | None:
+    """{number: name} of the classes of a pipeline, which must be those of its network; None if it is unconditional."""
+    kind, id2label = index["_class_name"], index.get("id2label")
+    if kind != CLASS_CONDITIONAL:
+        if num_class_embeds:
+            raise ValueError(f"the UNet2DModel is class-conditional, and a {kind} does not name the classes")
+        return None
+    if id2label is None:
+        raise ValueError(f"a {kind[1]} must have id2label, the names of the classes")
+    return read_id2label(id2label, num_class_embeds)
+
+
+def load_component_config(component: type, name_or_path: str, subfolder: str) -> tuple[dict[str, Any], str | None]:
+    """A component's config, and the subfolder that its files are in: None for the folder itself, where the first DDPMs
+    on the Hub (google/ddpm-cifar10-32, ...) keep all."""
     try:
         config = component.load_config(name_or_path, subfolder=subfolder)
     except OSError as error:
         try:
-            config = component.load_config(name_or_path)
+            config, subfolder = component.load_config(name_or_path), None
         except OSError:
             raise error from None
     if not isinstance(config, dict):
         raise ValueError(f"its config must be a JSON object, not {config!r}")
-    return config
+    return config, subfolder
 
 
 def check_train_timesteps(scheduler_config: dict[str, Any]) -> None:

@@ -161,12 +161,14 @@ def test_configs_are_found_in_the_oldest_layout(tmp_path):
         for path in (tmp_path / name).iterdir():
             path.rename(tmp_path / path.name)
         (tmp_path / name).rmdir()
-    unet_config, scheduler = load_configs(tmp_path)
-    assert unet_config["sample_size"] == 8
-    assert isinstance(scheduler, DDPMScheduler)
+    configs = load_configs(tmp_path)
+    assert configs.unet["sample_size"] == 8
+    assert isinstance(configs.scheduler, DDPMScheduler)
+    assert configs.id2label is None
+    load_pipeline(str(tmp_path))
 
 
-def test_conditional_networks_are_refused(tmp_path):
+def test_conditional_networks_without_names_of_their_classes_are_refused(tmp_path):
     tiny_pipeline(num_class_embeds=10).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="class-conditional"):
+    with pytest.raises(ValueError, match="class-conditional, and a DDPMPipeline does not name the classes"):
         load_configs(tmp_path)

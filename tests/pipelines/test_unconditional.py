@@ -13,6 +13,7 @@ from tiny_networks import tiny_unet
 
 from pipelines import UnconditionalPipeline
 from pipelines.noise import image_generators, noise_maps
+from pipelines.sampling import check_finite_images
 
 CPU = torch.device("cpu")
 
@@ -130,12 +131,11 @@ def test_images_that_are_not_finite_are_refused_by_number(unet):
 
 
 def test_one_image_that_is_not_finite_is_told_from_the_others(unet):
-    pipeline = make_pipeline(unet, DDPMScheduler())
     images = torch.zeros(3, 1, 2, 2)
-    pipeline._check_finite(images, [7, 8, 9])
+    check_finite_images(unet, images, [7, 8, 9])
     images[1, 0, 1, 1] = torch.inf
     with pytest.raises(FloatingPointError, match=r"1 of 3 images .* number 8;"):
-        pipeline._check_finite(images, [7, 8, 9])
+        check_finite_images(unet, images, [7, 8, 9])
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(num_train_timesteps=20), DDIMScheduler(num_train_timesteps=20)])

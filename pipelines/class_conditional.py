@@ -1,0 +1,218 @@
+"""Classes on request from a class-conditional diffusion model, with classifier-free guidance.
+
+The source of this file is saved beside model_index.json, as pipeline.py: that is how stock diffusers loads the folder
+where this project is not installed. So it needs torch, diffusers and the standard library, and nothing else.
+"""
+
+import difflib
+import inspect
+import json
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+
+MODULE = "pipeline"  # the name under which diffusers looks for a folder's code
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: diffusers loads a folder's code from a file that it reuses
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples from a class-conditional U-Net, as `DiTPipeline` does from a transformer.
+
+    Any diffusers loads what it saves, by the code that lies in the folder:
+
+    Example:
+        >>> pipeline = DiffusionPipeline.from_pretrained("ddpm-model", trust_remote_code=True).to("cuda")
+        >>> images = pipeline(["cat", "dog", 0], guidance_scale=1.5).images
+
+    Args:
+        unet: of `num_class_embeds` N + 1: embedding N is the null class, which stands for no label in training.
+        scheduler: any of diffusers' that samples with the noise schedule of training.
+        id2label: {0: "airplane", ...} the names of the N classes; None for their numbers.
+
+    Attributes:
+        labels: {name: number}; of "tench, Tinca tinca", each of the two names and both together.
+
+    Raises:
+        ValueError: an unconditional U-Net, or `id2label` does not name its classes.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        id2label: Optional[dict] = None,  # noqa: UP045  diffusers 0.35 looks at these types, and knows no dict | None
+    ):
+        super().__init__()
+        id2label = read_id2label(id2label, unet.config.num_class_embeds)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.labels = label_names(id2label)
+
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
+        """The numbers of classes, given by name or by number; see `find_label_ids`."""
+        return find_label_ids(label, self.config.id2label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """One image for each of B class labels.
+
+        Args:
+            class_labels: names, or numbers in [0, N).
+            guidance_scale: w of `predict_with_guidance`, finite, 0 or more. 1 samples from the model as it was trained,
+                at half the cost of any other.
+            generator: one, or B, which make the images reproducible.
+            num_inference_steps: of the scheduler.
+            output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]) or "pt" ([B, C, H, W] in [0, 1]).
+            return_dict: an `ImagePipelineOutput`, or a tuple of the images alone.
+
+        Raises:
+            ValueError: no label, one that there is not, or a guidance scale out of range.
+        """
+        check_guidance_scale(guidance_scale)
+        device, config = self._execution_device, self.unet.config
+        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        size = config.sample_size
+        shape = (len(labels), config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = randn_tensor(shape, generator, device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters  # not all schedulers' does
+        options = {"generator": generator} if takes_generator else {}
+        for t in self.progress_bar(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(x, t)
+            output = predict_with_guidance(self.unet, scaled, t, labels, guidance_scale).to(x.dtype)
+            x = self.scheduler.step(output, t, x, **options).prev_sample
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def to_json_string(self) -> str:
+        """model_index.json, whose `_class_name` says in which file of the folder the class is."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [MODULE, ClassConditionalPipeline.__name__]
+        return json.dumps(index, indent=2) + "\n"
+
+    def save_config(self, save_directory, **kwargs) -> None:
+        """Write model_index.json, and beside it this file, as pipeline.py; a part of `save_pretrained`."""
+        super().save_config(save_directory, **kwargs)
+        Path(save_directory, f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
+
+
+def predict_with_guidance(
+    unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+) -> torch.Tensor:
+    """The network's output for x_t, float32 [B, C, H, W], by classifier-free guidance (Ho & Salimans 2022):
+
+    ε̂ = ε_null + w (ε_label - ε_null)
+
+    w is diffusers' `guidance_scale`, the paper's w + 1: at 1 this is ε_label, for one pass of the network over B images
+    instead of over 2B. A predicted v or x_0 is an affine function of ε, and guided by the same formula.
+
+    Args:
+        x: [B, C, H, W], in the network's type.
+        t: the timestep.
+        labels: int64 [B]; None for an unconditional network, which cannot be guided.
+    """
+    if guidance_scale == 1:
+        return unet(x, t, class_labels=labels).sample.float()
+    null = torch.full_like(labels, unet.config.num_class_embeds - 1)
+    output = unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null])).sample.float()
+    of_label, of_null = output.chunk(2)
+    return of_null + guidance_scale * (of_label - of_null)
+
+
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Refuse what is no finite number from 0 on."""
+    if not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale={guidance_scale} must be in [0, inf)")
+
+
+def find_label_ids(labels: int | str | Sequence[int | str], id2label: dict[int, str]) -> list[int]:
+    """The numbers of classes, given by name or by number, one or several.
+
+    Raises:
+        ValueError: none at all, a name that no class has, with the nearest that one has, or a number that is none.
+    """
+    labels = [labels] if isinstance(labels, int | str) else list(labels)
+    if not labels:
+        raise ValueError("no class asked for: class_labels is empty")
+    names = label_names(id2label)
+    return [
+        named_label(label, names) if isinstance(label, str) else numbered_label(label, id2label) for label in labels
+    ]
+
+
+def named_label(name: str, names: dict[str, int]) -> int:
+    """The number of the class of this name."""
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, 1, cutoff=0)
+        raise ValueError(f"there is no class {name!r}; the nearest name is {nearest[0]!r}")
+    return names[name]
+
+
+def numbered_label(label: Any, id2label: dict[int, str]) -> int:
+    """A class's number, also of a type of NumPy or PyTorch, as an int."""
+    try:
+        number = operator.index(label)
+    except TypeError:
+        raise ValueError(f"a class label must be a name or a number, not {label!r}") from None
+    if number not in id2label:
+        raise ValueError(f"there is no class {number}: the numbers are [0, {len(id2label)})")
+    return number
+
+
+def label_names(id2label: dict[int, str]) -> dict[str, int]:
+    """{name: number}, sorted by name: names as they are and, as ImageNet has it, each of those between commas, but for
+    one that several classes share."""
+    parts = [(part.strip(), number) for number, name in id2label.items() for part in {*name.split(",")}]
+    counts = Counter(part for part, _ in parts)
+    names = {part: number for part, number in parts if counts[part] == 1}
+    return dict(sorted((names | {name: number for number, name in id2label.items()}).items()))
+
+
+def read_id2label(id2label: dict[Any, str] | None, num_class_embeds: int | None) -> dict[int, str]:
+    """{0: name, 1: name, ...} of a network's classes, whose numbers JSON turns into strings; None: named as numbered.
+
+    Raises:
+        ValueError: these are not the network's classes, or two have one name.
+    """
+    if type(num_class_embeds) is not int or num_class_embeds < 2:
+        raise ValueError(
+            f"the UNet2DModel has num_class_embeds={num_class_embeds!r}: a class-conditional one has 2 or more, "
+            "one for each class and one for the null class"
+        )
+    if id2label is None:
+        return {number: str(number) for number in range(num_class_embeds - 1)}
+    if not isinstance(id2label, dict) or not all(isinstance(name, str) for name in id2label.values()):
+        raise ValueError('id2label must name the classes, {"0": "airplane", ...}')
+    numbers = [str(number) for number in id2label]
+    if len(numbers) != num_class_embeds - 1 or {*numbers} != {str(number) for number in range(len(numbers))}:
+        raise ValueError(
+            f"id2label has {len(numbers)} names, and the UNet2DModel num_class_embeds={num_class_embeds}: "
+            f"it must name the classes 0 to {num_class_embeds - 2}; the last embedding is the null class"
+        )
+    shared = [name for name, count in Counter(id2label.values()).items() if count > 1]
+    if shared:
+        raise ValueError(f"id2label calls several classes {shared[0]!r}")
+    return dict(sorted((int(number), name) for number, name in id2label.items()))
