@@ -7,7 +7,7 @@ from accelerate import Accelerator, PartialState
 from diffusers import DDPMPipeline
 
 from images import ImageDataset, training_batches
-from pipelines import UnconditionalPipeline
+from pipelines import ClassConditionalPipeline, sample_images
 from scoring.frechet_metric import make_frechet_metric
 
 from .clock import PhaseClock
@@ -83,7 +83,9 @@ class Evaluator:
         """What the score depends on, for a record of it."""
         return {name: getattr(self.options, name) for name in ("eval_num_images", "eval_num_inference_steps")}
 
-    def score(self, pipeline: DDPMPipeline, is_abandoned: Callable[[], bool] = lambda: False) -> float | None:
+    def score(
+        self, pipeline: DDPMPipeline | ClassConditionalPipeline, is_abandoned: Callable[[], bool] = lambda: False
+    ) -> float | None:
         """The Fréchet distance of `eval_num_images` samples; all processes must call it.
 
         Args:
@@ -91,14 +93,13 @@ class Evaluator:
         """
         if not self.has_reference:
             self.add_reference()
-        sampler = UnconditionalPipeline(pipeline.unet, pipeline.scheduler).to(self.device)
-        sampler.set_progress_bar_config(disable=True)
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
         for indices in self._shares(self.options.eval_num_images):
             if is_abandoned():
                 self.metric.reset()
                 return None
             if indices:
-                images = sampler.sample(indices, self.seed, self.options.eval_num_inference_steps)
+                images = sample_images(pipeline, indices, self.seed, self.options.eval_num_inference_steps)
                 self.metric.update(images, real=False)
         score = self.metric.compute().item()
         self.metric.reset()  # but for the reference

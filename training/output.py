@@ -22,7 +22,7 @@ NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "hub_t
 RESULTS = """training_options.yaml training_summary.json metrics.jsonl timestep_density.png validation_loss.png
     README.md
     samples/final.png samples/step-*.png
-    model_index.json unet/config.json unet/diffusion_pytorch_model* scheduler/scheduler_config.json"""
+    model_index.json pipeline.py unet/config.json unet/diffusion_pytorch_model* scheduler/scheduler_config.json"""
 CHECKPOINTS = """checkpoint-*/manifest.json checkpoint-*/model*.safetensors checkpoint-*/optimizer*.bin
     checkpoint-*/custom_checkpoint_*.pkl checkpoint-*/random_states_*.pkl checkpoint-*/process_state_*.pt
     checkpoint-*/scaler.pt checkpoint-*/pytorch_model*.bin"""

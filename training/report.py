@@ -63,15 +63,10 @@ def write_model_card(
 
 # {Path(name).name}
 
-An unconditional diffusion model, trained with adaptive-ddpm on `{options.dataset_name}`.
+{"A class-conditional" if options.class_conditional else "An unconditional"} diffusion model, trained with adaptive-ddpm on `{options.dataset_name}`.
 
 {picture(output, "samples", "samples/final.png")}
-```python
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("{name}")
-image = pipeline().images[0]
-```
+{card_usage(options, summary, name)}
 
 | | |
 |---|---|
@@ -94,6 +89,26 @@ def card_metadata(options: TrainingOptions) -> ModelCardData:
         datasets=[options.dataset_name] if on_hub else None,
         tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
     )
+
+
+def card_usage(options: TrainingOptions, summary: dict[str, Any], name: str) -> str:
+    """How to load the model, and what may be asked of it, in Markdown."""
+    if not options.class_conditional:
+        return f"""```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("{name}")
+image = pipeline().images[0]
+```"""
+    classes = summary["data"]["classes"]
+    return f"""```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)  # runs pipeline.py
+image = pipeline(["{classes[0]}"], guidance_scale=1.5).images[0]
+```
+
+Classes: {", ".join(classes)}."""
 
 
 def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
@@ -132,7 +147,10 @@ def print_summary(options: TrainingOptions, summary: dict[str, Any]) -> None:
     seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
     print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
     print(f"data: {describe_data(summary)}")
-    print(f'DDPMPipeline.from_pretrained("{options.output_dir}") loads the result')
+    loaded = f'DDPMPipeline.from_pretrained("{options.output_dir}")'
+    if options.class_conditional:
+        loaded = f'DiffusionPipeline.from_pretrained("{options.output_dir}", trust_remote_code=True)'
+    print(f"{loaded} loads the result")
     if summary["stopped_by"] == "signal":
         print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
     elif options.eval_batch_size:

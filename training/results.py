@@ -4,7 +4,7 @@ from functools import partial
 
 from diffusers import DDPMPipeline
 
-from pipelines import UnconditionalPipeline, make_grid_image
+from pipelines import ClassConditionalPipeline, make_grid_image, sample_images
 
 from .denoiser import Denoiser
 from .ema import averaged_pipeline
@@ -17,6 +17,8 @@ from .saving import save_pipeline
 from .state import TrainingState
 from .stopping import StopCondition
 from .validation import ValidationLoss
+
+MOST_COLUMNS = 20
 
 
 class Results:
@@ -57,15 +59,19 @@ class Results:
         if not self.options.eval_batch_size:
             return
         with self.clock.phase("preview"):
-            stock = self._pipeline()
+            pipeline = self._pipeline()
             if self.accelerator.is_main_process:
-                pipeline = UnconditionalPipeline(stock.unet, stock.scheduler).to(self.accelerator.device)
-                pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=None)
+                pipeline.to(self.accelerator.device).set_progress_bar_config(desc="sampling", leave=False, disable=None)
                 numbers, steps = range(self.options.eval_batch_size), self.options.ddpm_num_inference_steps
-                images = self.stop.unless_signalled(partial(pipeline.sample, numbers, self.seed, steps))
+                images = self.stop.unless_signalled(partial(sample_images, pipeline, numbers, self.seed, steps))
                 if images is not None:
-                    self.log.save_grid(make_grid_image(images.cpu()), f"samples/{name}.png")
+                    self.log.save_grid(make_grid_image(images.cpu(), self._columns()), f"samples/{name}.png")
             self.accelerator.wait_for_everyone()
+
+    def _columns(self) -> int | None:
+        """Of a grid: one for each class, if there are few; image i is of class i mod N."""
+        classes = self.denoiser.classes or []
+        return len(classes) if 1 < len(classes) <= min(MOST_COLUMNS, self.options.eval_batch_size) else None
 
     def save_score(self) -> None:
         """Write a score of samples to the log."""
@@ -83,7 +89,7 @@ class Results:
         scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
         self.log.add({"validation_loss": loss}, scalars, validation_loss_by_timestep=by_timestep, last=last)
 
-    def _pipeline(self) -> DDPMPipeline:
+    def _pipeline(self) -> DDPMPipeline | ClassConditionalPipeline:
         denoiser = self.denoiser
         return averaged_pipeline(
             self.accelerator, denoiser.network, self.state.ema, denoiser.noise_scheduler, denoiser.classes
