@@ -57,13 +57,14 @@ def write_model_card(
         repository: on the Hub, where the card is going; by default, it tells how to load the folder.
     """
     name = repository or str(output.folder)
+    kind = "A class-conditional" if options.class_conditional else "An unconditional"
     text = f"""---
 {card_metadata(options).to_yaml()}
 ---
 
 # {Path(name).name}
 
-{"A class-conditional" if options.class_conditional else "An unconditional"} diffusion model, trained with adaptive-ddpm on `{options.dataset_name}`.
+{kind} diffusion model, trained with adaptive-ddpm on `{options.dataset_name}`.
 
 {picture(output, "samples", "samples/final.png")}
 {card_usage(options, summary, name)}
