@@ -221,9 +221,10 @@ def test_an_error_filter_changes_what_is_trained_but_not_what_the_losses_by_time
 
 @pytest.mark.parametrize(("sampler", "run"), [("adaptive", subprocess.run), ("speed", forked)])
 def test_two_processes_match_one_with_twice_the_batch(train, tmp_path, sampler, run):
-    """Real processes over gloo. Equality within rounding shows that the ranks see different images, timesteps and
-    noise, together those of one process, and that their sampler tables agree."""
-    flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip", *(ADAPTING if sampler == "adaptive" else [])]
+    """Real processes over gloo. Equality within rounding shows that the ranks see different images, labels, timesteps
+    and noise, together those of one process, and that their sampler tables agree."""
+    flags = [*SMOOTH, "--timestep_sampler", sampler, "--random_flip"]
+    flags += ADAPTING if sampler == "adaptive" else ["--class_conditional", "--class_dropout", 0.5]
     one = train("one", *flags, "--train_batch_size", 16)
     two = train_two_processes(tmp_path / "two", *flags, run=run)
     one.wait()
