@@ -3,9 +3,12 @@
 accelerate launch generate.py --pipeline DIR_OR_HUB_ID --num_images 10000 --output_dir OUT
 accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2 generate.py ...   # several on a CPU
 
-Image i depends on the weights, the seed and i, not on how many processes share the work. A killed run goes on where
-it stopped when the same command is given again, and ends with the same files; a larger --num_images extends the
-folder. With another batch size or device the network rounds differently, so these are settings that a folder keeps.
+Image i depends on the weights, the seed, i and its class, not on how many processes share the work. A killed run goes
+on where it stopped when the same command is given again, and ends with the same files; a larger --num_images extends
+the folder. With another batch size or device the network rounds differently, so these are settings that a folder keeps.
+
+A class-conditional model samples its classes in turn, or those of --class_labels. Which one an image is of stands in
+images/metadata.jsonl, in the column `label` of the parquet files, or in arr_1 of images.npz.
 """
 
 import sys
@@ -19,14 +22,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from diffusers import DiffusionPipeline
 
 from generation.folder import check_folder, finish_folder, prepare_folder
 from generation.formats import FORMATS, GeneratedFiles
+from generation.labels import ImageLabels
 from generation.options import DTYPES, SCHEDULERS, GenerationOptions, read_options
 from generation.records import describe_run, describe_settings
 from generation.stopping import exit_when_stopped, report_when_stopped
 from generation.writing import Writer
-from pipelines import UnconditionalPipeline, choose_kernels, load_pipeline
+from pipelines import EVERYWHERE, choose_kernels, load_pipeline, sample_images
 from progress import progress_bar
 from recipes import one_line_errors
 from training.folder_lock import folder_lock
@@ -39,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))
 
     # Refuse what cannot work before any weights are read
-    options = on_main(state, lambda: read_options(argv, state.device))
+    options, labels = on_main(state, lambda: read_options(argv, state.device))
     with ExitStack() as held:
         on_main(state, lambda: held.enter_context(folder_lock(options.output_dir)))
-        generate(options, state)
+        generate(options, labels, state)
     state.destroy_process_group()
 
 
-def generate(options: GenerationOptions, state: PartialState) -> None:
+def generate(options: GenerationOptions, labels: ImageLabels | None, state: PartialState) -> None:
     """Sample what is missing in a folder that this run holds."""
-    files = FORMATS[options.format](Path(options.output_dir), options.num_images, options.batch_size)
+    files = FORMATS[options.format](Path(options.output_dir), options.num_images, options.batch_size, labels)
     allowed = {"draws_grid": options.grid_images > 0, "overwrite": options.overwrite_output_dir}
     on_main(state, lambda: check_folder(files, **allowed))
 
@@ -60,7 +65,7 @@ def generate(options: GenerationOptions, state: PartialState) -> None:
     # Blocks are all of one shape: a GPU can replay the network's kernels as a CUDA graph
     choose_kernels(pipeline.unet, state.device, options.mixed_precision, options.compile, mode="reduce-overhead")
 
-    todo = on_main(state, lambda: prepare_folder(files, describe_settings(options, pipeline), **allowed))
+    todo = on_main(state, lambda: prepare_folder(files, describe_settings(options, pipeline, labels), **allowed))
     start = time.perf_counter()
     with one_line_errors(OSError, FloatingPointError, torch.OutOfMemoryError), report_when_stopped(files):
         sample_blocks(pipeline, options, files, todo, state)
@@ -70,7 +75,7 @@ def generate(options: GenerationOptions, state: PartialState) -> None:
     state.print(f"{options.num_images} images in {files.output_dir} ({new} new in {seconds:.1f} s)")
 
 
-def load_weights(options: GenerationOptions) -> UnconditionalPipeline:
+def load_weights(options: GenerationOptions) -> DiffusionPipeline:
     """The pipeline with its weights; ValueError, which names the option, where they cannot be loaded."""
     try:
         return load_pipeline(options.pipeline, options.variant)
@@ -79,7 +84,7 @@ def load_weights(options: GenerationOptions) -> UnconditionalPipeline:
 
 
 def sample_blocks(
-    pipeline: UnconditionalPipeline,
+    pipeline: DiffusionPipeline,
     options: GenerationOptions,
     files: GeneratedFiles,
     todo: list[range],
@@ -96,8 +101,16 @@ def sample_blocks(
             # on the shape of its batch, so an image must not depend on whether it is among the last.
             indices = range(block.start, block.start + options.batch_size)
             with torch.autocast(state.device.type, dtype=dtype, enabled=dtype is not None):
-                images = pipeline.sample(
-                    indices, options.seed, options.num_inference_steps, options.eta, options.skip_schedule
+                images = sample_images(
+                    pipeline,
+                    indices,
+                    options.seed,
+                    options.num_inference_steps,
+                    options.eta,
+                    options.skip_schedule,
+                    files.labels and files.labels.of(indices),
+                    options.guidance_scale,
+                    options.guidance_interval or EVERYWHERE,
                 )
             for path, write in files.parts(block, images[: len(block)].cpu()):
                 writer.submit(path, write)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from generation.formats import FORMATS, GeneratedFiles
+from generation.labels import recorded_labels
 from generation.records import differences, write_record
 from generation.writing import write_atomically
 from images.records import GRID, RECORD, read_record
@@ -83,10 +84,14 @@ def prepare_folder(
 
 
 def finish_folder(files: GeneratedFiles, grid_images: int, run: dict[str, Any]) -> None:
-    """Merge shards, draw a grid of the first `grid_images`, if any, and mark the folder complete, with `run` noted."""
+    """Merge shards, draw a grid of the first `grid_images`, if any, and mark the folder complete, with `run` noted.
+
+    Where the classes come round twice, each has a column of the grid."""
     files.finish()
     if grid_images > 0:
-        grid = make_grid_image(files.read(min(grid_images, files.num_images)))
+        count = min(grid_images, files.num_images)
+        period = len(files.labels.cycle) if files.labels else 1
+        grid = make_grid_image(files.read(count), columns=period if 1 < period <= count // 2 else None)
         write_atomically(files.output_dir / GRID, lambda file: grid.save(file, format="PNG"))
     write_record(files.output_dir, status="complete", **run)
 
@@ -97,7 +102,8 @@ def recorded_paths(folder: Path) -> set[Path]:
         return set()
     try:
         settings = record["settings"]
-        files = FORMATS[settings["format"]](folder, record["num_images"], settings["batch_size"])
+        labels = recorded_labels(settings)
+        files = FORMATS[settings["format"]](folder, record["num_images"], settings["batch_size"], labels)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / RECORD} is broken: {error!r}") from error
     return {path for path in written_paths(files, record.get("grid", True)) if path.is_symlink() or path.is_file()}

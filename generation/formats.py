@@ -1,9 +1,10 @@
-"""The formats of generated images: PNGs, parquet shards or one .npz.
+"""The formats of generated images: PNGs, parquet shards or one .npz, each with the images' classes if they have any.
 
 A format knows which files hold which images, so that a run that was killed can tell what is still missing.
 """
 
 import io
+import json
 import os
 import re
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from generation.labels import ImageLabels
 from generation.writing import Write, write_atomically
 from pipelines import to_pil
 
@@ -30,8 +32,8 @@ class GeneratedFiles:
 
     merged: Path | None = None
 
-    def __init__(self, output_dir: Path, num_images: int, batch_size: int):
-        self.output_dir, self.num_images, self.batch_size = output_dir, num_images, batch_size
+    def __init__(self, output_dir: Path, num_images: int, batch_size: int, labels: ImageLabels | None = None):
+        self.output_dir, self.num_images, self.batch_size, self.labels = output_dir, num_images, batch_size, labels
         self.folder = output_dir / "images"
         starts = range(0, num_images, batch_size)
         self.blocks = [range(start, min(start + batch_size, num_images)) for start in starts]
@@ -65,7 +67,10 @@ class GeneratedFiles:
 
 
 class PngFiles(GeneratedFiles):
-    """000000.png, 000001.png, ..."""
+    """000000.png, 000001.png, ..., and in the end metadata.jsonl with their classes, as `datasets`' imagefolder has
+    it."""
+
+    metadata = "metadata.jsonl"
 
     def names(self, block: range) -> list[str]:
         return [f"{i:06d}.png" for i in block]
@@ -76,6 +81,24 @@ class PngFiles(GeneratedFiles):
 
     def read(self, count: int) -> torch.Tensor:
         return torch.stack([read_picture(self.folder / name) for name in self.names(range(count))])
+
+    def writes(self, name: str) -> bool:
+        is_metadata = self.labels is not None and name.removesuffix(".tmp") == self.metadata
+        return is_metadata or super().writes(name)
+
+    def finish(self) -> None:
+        """Write metadata.jsonl, unless it is there already."""
+        if self.labels is None:
+            return
+        path, content = self.folder / self.metadata, "".join(self.metadata_lines()).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, lambda file: file.write(content))
+
+    def metadata_lines(self) -> Iterator[str]:
+        """A JSON object a line, and an image each."""
+        numbers = range(self.num_images)
+        for name, label in zip(self.names(numbers), self.labels.of(numbers), strict=True):
+            yield json.dumps({"file_name": name, "label": label, "label_name": self.labels.names[label]}) + "\n"
 
 
 class Shards(GeneratedFiles):
@@ -91,7 +114,7 @@ class Shards(GeneratedFiles):
 
 
 class ParquetShards(Shards):
-    """Shards with an `image` column, for `datasets.load_dataset("OUT/images")`."""
+    """Shards with a column `image`, and `label` if there are classes, for `datasets.load_dataset("OUT/images")`."""
 
     suffix = "parquet"
 
@@ -101,9 +124,12 @@ class ParquetShards(Shards):
         datasets.disable_progress_bars()
 
         def write(file: BinaryIO) -> None:
-            pictures = {"image": [to_pil(image) for image in images]}
+            columns = {"image": [to_pil(image) for image in images]}
             features = datasets.Features({"image": datasets.Image()})
-            datasets.Dataset.from_dict(pictures, features=features).to_parquet(file)
+            if self.labels is not None:
+                columns["label"] = self.labels.of(block)
+                features["label"] = datasets.ClassLabel(names=self.labels.names)
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
 
         yield self.shard(block), write
 
@@ -116,17 +142,22 @@ class ParquetShards(Shards):
 
 
 class NpzShards(Shards):
-    """Shards that end up in `output_dir`/images.npz: key arr_0, uint8 [N, H, W, C], as ADM's evaluator reads it."""
+    """Shards that end up in `output_dir`/images.npz, as ADM's evaluator has it: key arr_0, uint8 [N, H, W, C], and arr_1,
+    int64 [N], if there are classes."""
 
     suffix = "npz"
 
-    def __init__(self, output_dir: Path, num_images: int, batch_size: int):
-        super().__init__(output_dir, num_images, batch_size)
+    def __init__(self, output_dir: Path, num_images: int, batch_size: int, labels: ImageLabels | None = None):
+        super().__init__(output_dir, num_images, batch_size, labels)
         self.merged = output_dir / "images.npz"
 
     def parts(self, block: range, images: torch.Tensor) -> Iterator[tuple[Path, Write]]:
-        array = images.permute(0, 2, 3, 1).contiguous().numpy()
-        yield self.shard(block), lambda file: np.savez(file, array)
+        arrays = [images.permute(0, 2, 3, 1).contiguous().numpy(), *self.label_arrays(block)]
+        yield self.shard(block), lambda file: np.savez(file, *arrays)
+
+    def label_arrays(self, indices: range) -> list[np.ndarray]:
+        """The array of labels, int64; none without classes."""
+        return [] if self.labels is None else [np.array(self.labels.of(indices), dtype=np.int64)]
 
     def read(self, count: int) -> torch.Tensor:
         return torch.from_numpy(read_npz(self.merged)[:count]).permute(0, 3, 1, 2)
@@ -148,15 +179,19 @@ class NpzShards(Shards):
     def merge(self, file: BinaryIO, merged: int) -> None:
         """What np.savez would write, one block at a time."""
         old = read_npz(self.merged) if merged else None
-        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as out:
-            for block in self.blocks:
-                is_merged = block.stop <= merged
-                rows = old[block.start : block.stop] if is_merged else read_npz(self.shard(block))
-                if block.start == 0:
-                    shape = (self.num_images, *rows.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(out, header)
-                out.write(rows.tobytes())
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+                for block in self.blocks:
+                    is_merged = block.stop <= merged
+                    rows = old[block.start : block.stop] if is_merged else read_npz(self.shard(block))
+                    if block.start == 0:
+                        shape = (self.num_images, *rows.shape[1:])
+                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(out, header)
+                    out.write(rows.tobytes())
+            for labels in self.label_arrays(range(self.num_images)):
+                with archive.open("arr_1.npy", "w", force_zip64=True) as out:
+                    np.lib.format.write_array(out, labels)
 
     def num_merged(self) -> int:
         """How many images images.npz holds, from its header; 0 when there is none."""

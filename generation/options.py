@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from transformers.hf_argparser import HfArg
 
+from generation.labels import BALANCED, ImageLabels, parse_labels
 from images.records import GRID
 from pipelines import check_variant, denoising_steps, image_shape, load_configs
 from recipes import check_ranges, parse_options
@@ -27,12 +28,15 @@ RANGES = {
     "grid_images": "[0, 10000]",  # a picture of 6,500 pixels a side, at least
     "seed": "[0, 2**32)",
     "eta": "[0, 1]",
+    "guidance_scale": "[0, inf)",
 }
 
 
 @dataclass
-class GenerationOptions:
-    """--pipeline and --output_dir are required."""
+class OutputOptions:
+    """What is sampled from, and where it goes. --pipeline and --output_dir are required."""
+
+    _argument_group_name = "Pipeline and output"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
     pipeline: str | None = HfArg(default=None, help="Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler.")
@@ -41,17 +45,47 @@ class GenerationOptions:
     overwrite_output_dir: bool = HfArg(default=False, help="Delete images made with other settings, and nothing else.")
     num_images: int = HfArg(default=64, help="How many images. More than before extends the folder.")
     batch_size: int = HfArg(default=64, help="Images per network call and process; the last are padded.")
-    seed: int = HfArg(default=0, help="Names the series of images, in [0, 2**32).")
     format: Literal["png", "npz", "parquet"] = HfArg(default="png", help="npz: all in one file, as ADM's.")
     grid_images: int = HfArg(default=64, help=f"Images in {GRID}; 0 for no grid.")
 
-    # Sampling
+
+@dataclass
+class SamplingOptions:
+    """How an image comes about."""
+
+    _argument_group_name = "Sampling"
+
+    seed: int = HfArg(default=0, help="Names the series of images, in [0, 2**32).")
     sampler: Literal["ddpm", "ddim"] = HfArg(default="ddpm", help="Need not be the saved one.")
     num_inference_steps: int | None = HfArg(default=None, help="Default: all trained ones for ddpm, 100 for ddim.")
     skip_schedule: Literal["uniform", "quadratic"] = HfArg(default="uniform", help="quadratic: more near the image.")
     eta: float = HfArg(default=0.0, help="ddim only: 0 deterministic to 1 as in DDPM.")
     mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast of the network.")
     compile: bool = HfArg(default=False, help="torch.compile the network; on a GPU with CUDA graphs.")
+
+
+@dataclass
+class ClassOptions:
+    """What a class-conditional model is asked for."""
+
+    _argument_group_name = "Classes and guidance, of a class-conditional model"
+
+    class_labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Names or numbers, in turn; {BALANCED}, the default: image i is of class i mod N, of N classes."
+        },
+    )
+    guidance_scale: float = HfArg(default=1.0, help="Classifier-free guidance; 1: none, any other takes twice as long.")
+    guidance_interval: list[float] | None = field(
+        default=None,
+        metadata={"help": "LOW HIGH: guide at noise levels LOW < sigma <= HIGH only; default: at all of them."},
+    )
+
+
+@dataclass
+class GenerationOptions(OutputOptions, SamplingOptions, ClassOptions):
+    """All of a run's."""
 
     def __post_init__(self):
         for name in ("pipeline", "output_dir"):
@@ -64,10 +98,26 @@ class GenerationOptions:
             )
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"--eta {self.eta} belongs to --sampler ddim, not {self.sampler}")
+        if self.guidance_interval is not None:
+            check_guidance_interval(self.guidance_interval, self.guidance_scale)
 
 
-def read_options(argv: Sequence[str] | None, device: torch.device) -> GenerationOptions:
-    """The options, checked against the pipeline's configs, with the default number of steps filled in.
+def check_guidance_interval(interval: list[float], guidance_scale: float) -> None:
+    """Refuse what is no interval of noise levels, and one of no effect.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = "--guidance_interval " + " ".join(map(str, interval))
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+        raise ValueError(f"{given}: must be two noise levels, LOW HIGH, with 0 <= LOW <= HIGH")
+    if guidance_scale == 1:
+        raise ValueError(f"{given} needs a --guidance_scale other than 1, which is no guidance")
+
+
+def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[GenerationOptions, ImageLabels | None]:
+    """The options, checked against the pipeline's configs, with the default number of steps filled in; and the images'
+    classes, None of an unconditional model.
 
     Raises:
         ValueError, NotImplementedError, OSError: the message names the option at fault.
@@ -78,7 +128,7 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> Generation
     if not Path(options.pipeline).is_dir() and not HUB_ID.fullmatch(options.pipeline):
         raise ValueError(f"--pipeline {options.pipeline}: no such folder, and no Hub id, which is owner/name")
     try:
-        unet_config, scheduler = load_configs(options.pipeline)
+        unet_config, scheduler, id2label = load_configs(options.pipeline)
         check_variant(options.pipeline, options.variant)
     except (ValueError, NotImplementedError, OSError) as error:
         raise ValueError(f"--pipeline {error}") from error
@@ -92,7 +142,21 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> Generation
     check_ranges(options, {"num_inference_steps": f"[1, {trained}]"})
     scheduler = SCHEDULERS[options.sampler].from_config(scheduler.config)
     denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
-    return options
+    return options, choose_classes(options, id2label)
+
+
+def choose_classes(options: ClassOptions, id2label: dict[int, str] | None) -> ImageLabels | None:
+    """The images' classes; ValueError, which names the option, where the model has none, or not the one asked for."""
+    if id2label is None:
+        for name, default in (("class_labels", None), ("guidance_scale", 1)):
+            if (value := getattr(options, name)) != default:
+                given = " ".join(value) if isinstance(value, list) else value
+                raise ValueError(f"--{name} {given} needs a class-conditional model, and this one is unconditional")
+        return None
+    try:
+        return parse_labels(options.class_labels, id2label)
+    except ValueError as error:
+        raise ValueError(f"--class_labels: {error}") from error
 
 
 def check_memory(options: GenerationOptions, shape: tuple[int, int, int]) -> None:

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, UNet2DModel
 
+from generation.labels import ImageLabels
 from generation.options import GenerationOptions
 from generation.writing import write_atomically
 from images.records import RECORD, read_record
@@ -35,7 +36,9 @@ def write_record(folder: Path, **new: Any) -> None:
     write_atomically(folder / RECORD, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
 
 
-def describe_settings(options: GenerationOptions, pipeline: DiffusionPipeline) -> dict[str, Any]:
+def describe_settings(
+    options: GenerationOptions, pipeline: DiffusionPipeline, labels: ImageLabels | None
+) -> dict[str, Any]:
     """All that decides what image i looks like, as JSON has it; two runs into one folder must agree on it."""
     scheduler, path = pipeline.scheduler, Path(options.pipeline)
     return {
@@ -43,7 +46,18 @@ def describe_settings(options: GenerationOptions, pipeline: DiffusionPipeline) -
         "weights": fingerprint(pipeline.unet),
         "scheduler": {"class": type(scheduler).__name__, **without_private(json.loads(scheduler.to_json_string()))},
         **{name: getattr(options, name) for name in SETTINGS},
+        **(describe_classes(options, labels) if labels else {}),
         "device": pipeline.device.type,
+    }
+
+
+def describe_classes(options: GenerationOptions, labels: ImageLabels) -> dict[str, Any]:
+    """The settings that a class-conditional model has beside the others."""
+    interval = options.guidance_interval  # as text: JSON has no infinity
+    return {
+        **labels.to_settings(),
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": interval and "({}, {}]".format(*interval),
     }
 
 

@@ -27,8 +27,10 @@ RANGES = {
 
 
 @dataclass
-class EvaluationOptions:
+class ComparisonOptions:
     """Images are named as for training; 1 is the generated set and 2 the reference."""
+
+    _argument_group_name = "Comparison: 1 is the generated set, 2 the reference"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
     input1: str | None = HfArg(default=None, help="Generated images: generate.py's or any folder, an .npz, a data set.")
@@ -39,7 +41,13 @@ class EvaluationOptions:
         default=None, metadata={"help": f"Of {' '.join(METRICS)}; default: all that apply to the feature extractor."}
     )
 
-    # Images
+
+@dataclass
+class ImageOptions:
+    """Which of the images, and how they are read."""
+
+    _argument_group_name = "Images"
+
     split1: str = HfArg(default="train", help="Of --input1; also a slice such as train[:1000].")
     split2: str = HfArg(default="train", help="Of --input2.")
     dataset_config_name1: str | None = HfArg(default=None, help="Configuration of --input1, if it has several.")
@@ -57,14 +65,26 @@ class EvaluationOptions:
     on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
     dataset_cache_dir: str | None = HfArg(default=None, help="Where downloaded data sets are kept.")
 
-    # Features
+
+@dataclass
+class FeatureOptions:
+    """What the images are compared by."""
+
+    _argument_group_name = "Features"
+
     feature_extractor: str = HfArg(default=INCEPTION, help="Or a `transformers` vision model: Hub name or folder.")
     feature_extractor_weights: str | None = HfArg(default=None, help="Inception's; default: downloaded once.")
     batch_size: int = HfArg(default=64, help="Images per forward pass.")
     device: str | None = HfArg(default=None, help="cpu, cuda or cuda:N; default: cuda if there is one.")
     cache_dir: str | None = HfArg(default=None, help="Of reference features; default: torch-fidelity's.")
 
-    # Metrics; the defaults are torch-fidelity's
+
+@dataclass
+class MetricOptions:
+    """How the features are compared; the defaults are torch-fidelity's."""
+
+    _argument_group_name = "Metrics"
+
     seed: int = HfArg(default=2020, help="Of random subsets, and of the subsets of KID and the splits of ISC.")
     kid_subsets: int = HfArg(default=100, help="KID is the mean over so many subsets ...")
     kid_subset_size: int = HfArg(default=1000, help="... of so many images.")
@@ -72,6 +92,11 @@ class EvaluationOptions:
     prc_neighborhood: int = HfArg(default=3, help="k: a ball reaches to the k-th nearest neighbour.")
     prc_batch_size: int = HfArg(default=10_000, help="Rows and columns of the distance matrix at a time.")
     allow_few_images: bool = HfArg(default=False, help="A Fréchet distance from fewer images than features.")
+
+
+@dataclass
+class EvaluationOptions(ComparisonOptions, ImageOptions, FeatureOptions, MetricOptions):
+    """All of a run's."""
 
     def __post_init__(self):
         for name in ("input1", "input2", "output_dir"):
