@@ -4,7 +4,6 @@ import difflib
 import json
 import math
 import os
-import re
 import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from recipe_yaml import NULL, RecipeDumper, line_number, parse_float, plain_value, read_yaml_mapping
 
 Options = TypeVar("Options")
 
@@ -150,64 +151,6 @@ def recipe_files(path: str | None) -> list[Path]:
 # What is in them
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML less its surprises: unique keys, which are strings; no aliases or tags; 010 is ten, and a date a string."""
-
-    # Instead of YAML 1.1's, in which 1:30 is 90, 2026-11-25 a date and 1e-4 a string
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.tag is not None:
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) and tags (!name) are not allowed", problem_mark=event.start_mark
-            )
-        node = super().compose_node(parent, index)
-        if isinstance(node, yaml.MappingNode):
-            check_keys(node)
-        return node
-
-
-class RecipeDumper(yaml.SafeDumper):
-    """Quotes every string that RecipeLoader, or any reader of YAML 1.1, would take for something else."""
-
-
-NULL, BOOL, INT, FLOAT, STR, MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "merge")
-)
-for tag, pattern, first_characters in (
-    (NULL, r"(~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
-    (BOOL, r"(?i:true|false|yes|no|on|off)\Z", list("tTfFyYnNoO")),
-    (INT, r"[-+]?[0-9]+\Z", list("-+0123456789")),
-    (FLOAT, r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z", list("-+.0123456789")),
-    (MERGE, r"<<\Z", ["<"]),
-    (FLOAT, r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z", list("-+.")),
-):
-    for yaml_class in (RecipeLoader, RecipeDumper):
-        yaml_class.add_implicit_resolver(tag, re.compile(pattern), first_characters)
-
-
-def check_keys(mapping: yaml.MappingNode) -> None:
-    """Refuse a key that is no string, and one that stands there twice: YAML itself lets the last one win."""
-    lines = {}
-    for key, _ in mapping.value:
-        if key.tag != STR:
-            found = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-            raise yaml.MarkedYAMLError(
-                problem=f"a key must be a string, not {found} (quote it)", problem_mark=key.start_mark
-            )
-        if key.value in lines:
-            raise yaml.MarkedYAMLError(
-                problem=f"{key.value!r} is there already, on line {lines[key.value]}", problem_mark=key.start_mark
-            )
-        lines[key.value] = line_number(key.start_mark)
-
-
-def line_number(mark: yaml.Mark) -> int:
-    """As editors count: from 1."""
-    return mark.line + 1
-
-
 def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, Any]:
     """The values of recipes, typed by the `flags` of their options; a later file wins, mappings are merged.
 
@@ -231,26 +174,6 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, A
                 value = JsonDict({**recipe[name], **value})
             recipe[name] = value
     return {name: value for name, value in recipe.items() if value is not None}  # null: the option's default
-
-
-def read_yaml_mapping(file: Path) -> dict[str, yaml.Node]:
-    """The mapping in a YAML file, its values as they are written; {} where it is empty."""
-    try:
-        node = RecipeLoader(file.read_text(encoding="utf-8")).get_single_node()
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        problem = "one document is expected" if "single document" in str(error.context) else error.problem
-        raise ValueError(f"{file}, line {line_number(error.problem_mark)} is not valid YAML: {problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if node is None or node.tag == NULL:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"{file} must be a mapping of option names to values")
-    return {key.value: value for key, value in node.value}
 
 
 def option_value(node: yaml.Node, flag: Action) -> Any:
@@ -287,30 +210,6 @@ def parse_value(flag: Action, value: Any) -> Any:
     if flag.choices is not None and parsed not in flag.choices:
         raise ValueError(f"invalid choice: {value!r} (choose from {', '.join(map(repr, flag.choices))})")
     return parsed
-
-
-def plain_value(node: yaml.Node) -> Any:
-    """A node of a mapping, whose values no flag describes, by the look of them."""
-    if isinstance(node, yaml.MappingNode):
-        return {key.value: plain_value(value) for key, value in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return [plain_value(item) for item in node.value]
-    return SCALAR_TYPES[node.tag](node.value)
-
-
-def parse_float(text: str) -> float:
-    """Python's float, and YAML's .inf and .nan."""
-    return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
-
-
-SCALAR_TYPES = {
-    NULL: lambda text: None,
-    BOOL: lambda text: text.lower() in ("true", "yes", "on"),
-    INT: int,
-    FLOAT: parse_float,
-    STR: str,
-    MERGE: str,
-}
 
 
 # Saved options
