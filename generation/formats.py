@@ -142,8 +142,8 @@ class ParquetShards(Shards):
 
 
 class NpzShards(Shards):
-    """Shards that end up in `output_dir`/images.npz, as ADM's evaluator has it: key arr_0, uint8 [N, H, W, C], and, if
-    there are classes, arr_1, int64 [N]."""
+    """Shards that end up in `output_dir`/images.npz, as ADM's evaluator has it: key arr_0, uint8 [N, H, W, C], and
+    arr_1, int64 [N], if there are classes."""
 
     suffix = "npz"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_networks import tiny_pipeline
+from tiny_networks import tiny_conditional_pipeline, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -25,4 +25,12 @@ def saved(tmp_path_factory):
     """A folder as training saves it: grey 8x8 images, 20 trained steps."""
     folder = tmp_path_factory.mktemp("pipeline")
     tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A class-conditional one: cat, dog (or hound) and frog."""
+    folder = tmp_path_factory.mktemp("conditional")
+    tiny_conditional_pipeline().save_pretrained(folder)
     return folder

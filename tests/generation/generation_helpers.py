@@ -20,7 +20,8 @@ def flags(saved, folder, **options):
     options = {"pipeline": saved, "num_images": 10, "batch_size": 4, "num_inference_steps": 4} | options
     line = ["--output_dir", str(folder)]
     for name, value in options.items():
-        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        values = value if isinstance(value, list | tuple) else [value]
+        line += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
     return line
 
 
@@ -51,11 +52,24 @@ def read_images(folder, fmt):
     """uint8 NHWC, through other readers than generate.py's."""
     if fmt == "npz":
         with np.load(folder / "images.npz") as arrays:
-            assert arrays.files == ["arr_0"]
+            assert arrays.files in (["arr_0"], ["arr_0", "arr_1"])
             return arrays["arr_0"]
     if fmt == "png":
-        pictures = [Image.open(path) for path in sorted((folder / "images").iterdir())]
+        pictures = [Image.open(path) for path in sorted((folder / "images").glob("*.png"))]
     else:
         cells = [c for path in sorted((folder / "images").iterdir()) for c in read_table(path)["image"].to_pylist()]
         pictures = [Image.open(io.BytesIO(cell["bytes"])) for cell in cells]
     return np.stack([np.array(picture).reshape(*picture.size[::-1], -1) for picture in pictures])
+
+
+def read_labels(folder, fmt):
+    """The images' classes, in their order, through other readers than generate.py's."""
+    if fmt == "npz":
+        with np.load(folder / "images.npz") as arrays:
+            assert arrays["arr_1"].dtype == np.int64
+            return arrays["arr_1"].tolist()
+    if fmt == "png":
+        rows = [json.loads(line) for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
+        assert [row["file_name"] for row in rows] == sorted(path.name for path in (folder / "images").glob("*.png"))
+        return [row["label"] for row in rows]
+    return [c for path in sorted((folder / "images").iterdir()) for c in read_table(path)["label"].to_pylist()]

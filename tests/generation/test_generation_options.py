@@ -12,7 +12,6 @@ from generation_helpers import read_images, record, run
 from tiny_networks import tiny_pipeline, tiny_unet
 
 import generate
-from pipelines import UnconditionalPipeline
 
 pytest_plugins = ["generation_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
@@ -41,14 +40,49 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
         ({"pipeline": "./nowhere"}, "--pipeline ./nowhere: no such folder"),
         ({"pipeline": tempfile.gettempdir()}, "--pipeline .*/model_index.json: "),
+        ({"guidance_scale": 2.0}, r"--guidance_scale 2\.0 needs a class-conditional model, .* is unconditional"),
+        ({"class_labels": ["cat", 1]}, "--class_labels cat 1 needs a class-conditional model, .* is unconditional"),
+        ({"class_labels": "balanced"}, "--class_labels balanced needs a class-conditional model"),
     ],
 )
 def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch, capsys, options, match):
-    monkeypatch.setattr(UnconditionalPipeline, "from_pretrained", None)
+    monkeypatch.setattr(generate, "load_pipeline", None)
     with pytest.raises(SystemExit) as error:
         run(saved, tmp_path / "out", **options)
     assert re.search(match, f"{error.value} {capsys.readouterr().err}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"class_labels": ["frog", "cta"]}, "--class_labels: there is no class 'cta'; the nearest name is 'cat'"),
+        ({"class_labels": 3}, r"--class_labels: there is no class 3: the numbers are \[0, 3\)"),
+        ({"class_labels": -1}, "--class_labels: there is no class -1"),
+        ({"class_labels": 1.5}, r"--class_labels: there is no class '1\.5'"),
+        *(({"guidance_scale": w}, rf"--guidance_scale {w}: must be in \[0, inf\)") for w in (-1.0, "nan", "inf")),
+        ({"guidance_interval": [0.2, 5]}, r"--guidance_interval 0\.2 5\.0 needs a --guidance_scale other than 1"),
+        *(
+            ({"guidance_interval": interval, "guidance_scale": 2}, "--guidance_interval .* must be two noise levels")
+            for interval in ([5, 0.2], [-1, 5], ["nan", 5], [0, "nan"], [1], [1, 2, 3])
+        ),
+    ],
+)
+def test_bad_classes_and_guidance_are_refused_before_weights_are_read(
+    conditional, tmp_path, monkeypatch, capsys, options, match
+):
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    with pytest.raises(SystemExit) as error:
+        run(conditional, tmp_path / "out", **options)
+    assert re.search(match, f"{error.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_headings(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    headings = re.findall(r"^([A-Z].*):$", capsys.readouterr().out, re.MULTILINE)
+    assert headings == ["Pipeline and output", "Sampling", "Classes and guidance, of a class-conditional model"]
 
 
 @pytest.mark.parametrize(

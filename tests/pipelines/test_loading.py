@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
-from tiny_networks import tiny_pipeline, tiny_unet
+from tiny_networks import CLASSES, tiny_conditional_pipeline, tiny_pipeline, tiny_unet
 
-from pipelines import load_configs, load_pipeline
+from pipelines import ClassConditionalPipeline, load_configs, load_pipeline
 from pipelines.loading import weight_variants
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -172,3 +172,78 @@ def test_conditional_networks_without_names_of_their_classes_are_refused(tmp_pat
     tiny_pipeline(num_class_embeds=10).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="class-conditional, and a DDPMPipeline does not name the classes"):
         load_configs(tmp_path)
+
+
+@pytest.fixture
+def conditional(tmp_path):
+    tiny_conditional_pipeline(DDIMScheduler(num_train_timesteps=20)).save_pretrained(tmp_path / "conditional")
+    return tmp_path / "conditional"
+
+
+def test_each_kind_of_pipeline_is_loaded_as_what_it_is(folder, conditional):
+    assert type(load_pipeline(str(folder))) is DDPMPipeline
+    pipeline = load_pipeline(str(conditional))
+    assert type(pipeline) is ClassConditionalPipeline
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.labels["hound"] == 1
+    assert load_configs(conditional).id2label == CLASSES
+    expected = tiny_conditional_pipeline().unet.state_dict()
+    torch.testing.assert_close(pipeline.unet.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_no_code_of_a_folder_is_run(folder, conditional):
+    (conditional / "pipeline.py").write_text("raise SystemExit('run')")
+    load_pipeline(str(conditional))
+    for kind in ("evil", ["pipeline", "Evil"], ["evil", "ClassConditionalPipeline"]):
+        for name in ("pipeline.py", "evil.py"):
+            (folder / name).write_text("raise SystemExit('run')")
+        edit_index(folder, _class_name=kind)
+        if isinstance(kind, str):
+            assert type(load_pipeline(str(folder))) is DDPMPipeline
+            continue
+        with pytest.raises(ValueError, match=f"^{folder} is a .*{kind[1]}.*; the pipelines loaded here are"):
+            load_pipeline(str(folder))
+    edit_index(folder, _class_name="DDPMPipeline", unet=["evil", "UNet2DModel"])
+    load_pipeline(str(folder))
+
+
+def edit_index(folder, **settings):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"id2label": None}, "must have id2label"),
+        ({"id2label": "cat"}, 'id2label must name the classes, {"0": "airplane", ...}'),
+        ({"id2label": ["cat", "dog", "frog"]}, "is a .* of id2label=dog, "),
+        ({"id2label": {"0": "cat", "1": "dog", "2": 3}}, "must name the classes"),
+        ({"id2label": {"0": "cat", "1": "dog"}}, "id2label has 2 names, and the UNet2DModel num_class_embeds=4"),
+        ({"id2label": {"0": "cat", "1": "dog", "x": "frog"}}, "must name the classes 0 to 2"),
+        ({"id2label": {"0": "cat", "1": "dog", "2": "cat"}}, "several classes 'cat'"),
+        ({"_class_name": "DDPMPipeline"}, "class-conditional, and a DDPMPipeline does not name the classes"),
+    ],
+)
+def test_names_of_classes_that_are_damaged_are_refused(conditional, settings, match):
+    edit_index(conditional, **settings)
+    with pytest.raises(ValueError, match=f"^{conditional}.*{match}"):
+        load_configs(conditional)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"num_class_embeds": 10}, "num_class_embeds=10"),
+        ({"num_class_embeds": 10**9}, "num_class_embeds=1000000000"),
+        ({"num_class_embeds": None}, "num_class_embeds=None"),
+        ({"num_class_embeds": 0}, ""),
+        ({"num_class_embeds": "4"}, ""),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'; only plain class labels"),
+    ],
+)
+def test_networks_with_other_conditions_are_refused(conditional, settings, match):
+    path = conditional / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=f"^{conditional}.*{match}"):
+        load_configs(conditional)
