@@ -5,6 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from .schedule import NoiseSchedule
+
+VALUES_AT_A_TIME = 2**18  # of components and timesteps together: 2 MiB in double precision
+
 
 class Spectrum(NamedTuple):
     """Components of the images, spatial frequencies on each principal axis of their channels, and their variances.
@@ -70,3 +74,13 @@ def relative_gains(variances: torch.Tensor, signal: torch.Tensor, noise: torch.T
         signal, noise: abar_t and 1 - abar_t (given apart: the difference would be lost in float32).
     """
     return variances / (signal * variances + noise).clamp_min(1e-12)
+
+
+def for_each_timestep(
+    function: Callable[[torch.Tensor], torch.Tensor], variances: torch.Tensor, schedule: NoiseSchedule
+) -> torch.Tensor:
+    """[T] `function` of the `relative_gains` of all components: [N, K] -> [N], for N timesteps at a time."""
+    variances = variances.flatten()
+    timesteps_at_a_time = max(1, VALUES_AT_A_TIME // len(variances))
+    tables = schedule.alphas_cumprod[:, None].split(timesteps_at_a_time)
+    return torch.cat([function(relative_gains(variances, abar, 1 - abar)) for abar in tables])

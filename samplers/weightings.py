@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from .schedule import NoiseSchedule
-from .spectrum import relative_gains
+from .spectrum import for_each_timestep
 from .speed import convergence_boundary
 
 
@@ -74,7 +74,7 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
         variances: [K] s_i^2, of a `Spectrum`.
     """
     abar = schedule.alphas_cumprod
-    undecided = (1 - abar) * torch.stack([relative_gains(variances, one, 1 - one).sum() for one in abar])
+    undecided = (1 - abar) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
     decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
 

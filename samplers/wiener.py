@@ -3,7 +3,7 @@
 import torch
 
 from .schedule import NoiseSchedule
-from .spectrum import Spectrum, component_powers, relative_gains
+from .spectrum import Spectrum, component_powers, for_each_timestep, relative_gains
 
 
 class WienerFilter:
@@ -40,8 +40,8 @@ class WienerFilter:
         self.plain_fraction = plain_fraction
         variances, abar = spectrum.variances, schedule.alphas_cumprod
         self._image_shape = variances.shape
-        gains = (relative_gains(variances, one, 1 - one) for one in abar)
-        normalizers = torch.stack([gain.sum() / gain.pow(3).sum() for gain in gains])  # 1 / <K^2>
+        # 1 / <K^2>
+        normalizers = for_each_timestep(lambda gains: gains.sum(1) / gains.pow(3).sum(1), variances, schedule)
         W = variances.shape[-1]
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
