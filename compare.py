@@ -68,7 +68,7 @@ def check_training_flags(options: ComparisonOptions, training_flags: list[str]) 
         ValueError: naming the flag.
     """
     names = {flag.partition("=")[0].replace("-", "_") for flag in training_flags}
-    for name in ("seed", "method", "overwrite_output_dir", "resume_from_checkpoint"):
+    for name in ("seed", "method", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"):
         if f"__{name}" in names:
             raise ValueError(f"--{name}: is not for a comparison, whose runs have --methods and --seeds, and go on")
     for method, settings in options.sampler_options.items():

@@ -17,26 +17,27 @@ from images import normalize
 from recipes import one_line_errors, parse_options
 from samplers import fold_seed, mean_squares
 from training.clock import PhaseClock
-from training.course import begin_writing, finish, plan_events
-from training.data import checkpoint_if_data_fails, open_batches, read_data
+from training.data import open_batches, read_data
 from training.denoiser import Denoiser
 from training.dry_run import dry_run
-from training.ema import full_tensor
 from training.evaluation import build_evaluation
-from training.hub import HubUpload
+from training.failures import checkpoint_if_data_fails, last_good_checkpoint
+from training.intervals import plan_intervals
 from training.launch import held_output_dir, start_accelerator
 from training.log import TrainingLog
 from training.methods import build_sampler
 from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
-from training.output import OutputDir, check_disk_space
-from training.plan import plan_run
+from training.output import check_disk_space
+from training.plan import check_run
 from training.results import Results
-from training.resuming import check_same_network, find_start, last_good_checkpoint
-from training.state import TrainingState, build_state, identify, warm_up
+from training.sharding import full_tensor
+from training.state import TrainingState, build_state
 from training.step_random import StepRandom
 from training.stopping import StopCondition
 from training.unet import build_unet
+from training.warm_up import warm_up
+from training.writing import begin_writing, finish
 
 
 def main(options: TrainingOptions) -> None:
@@ -50,14 +51,8 @@ def main(options: TrainingOptions) -> None:
 def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     """Train, from the beginning or from a checkpoint, in a folder that this run holds."""
     # What cannot work is refused before data is read, and nothing in the folder changes until the first step can come
-    output = OutputDir(options.output_dir)
-    hub = HubUpload(options, output, options.logging_dir)
-    start = find_start(options, output, accelerator)
+    output, hub, start = check_run(options, accelerator)
     clock = PhaseClock(accelerator.device, start.process_state.get("seconds"))
-    if accelerator.is_main_process:
-        hub.check()
-    plan_run(options)
-    check_same_network(options, start)
 
     # What to train, on which images and timesteps
     dataset, validation_images = read_data(options, accelerator, start)
@@ -68,15 +63,14 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     check_disk_space(output.folder, unet)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, accelerator.device)
     batches = open_batches(options, dataset, accelerator, start.images)
-    evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
 
     # All that training changes
     images_per_step = options.images_per_process * accelerator.num_processes
     max_steps = options.total_steps(batches.num_images / images_per_step)
-    state = build_state(options, accelerator, unet, sampler, clock, max_steps)
-    state.made_for = identify(state, dataset)
+    state = build_state(options, accelerator, unet, sampler, dataset, clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
     state.load(start)
+    evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
 
     # An update, and the end of updates
     denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, classes)
@@ -92,7 +86,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     begin_writing(options, output, start, state, hub)
     log = TrainingLog(options, state, output, max_steps, options.max_train_seconds)
     results = Results(options, state, denoiser, output, log, stop, options.seed, evaluator, validation)
-    events = plan_events(options, state, output, log, results, batches)
+    every = plan_intervals(options, state, batches.num_images)
     with last_good_checkpoint(output):
         with closing(log), clock.phase("train"):
             while (stop_reason := stop.reason(state.step)) is None:
@@ -100,10 +94,19 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
                     images, labels = next(batches)
                 train_step(state, denoiser, step_random, images, labels)
                 log.advance()
-                for interval, event in events:
-                    if interval.is_due():
-                        event()
-        finish(options, state, output, log, results, stop_reason, dataset, batches, hub)
+                if every.log.is_due():
+                    log.write(batches.skipped)
+                if every.samples.is_due():
+                    results.save_samples(f"step-{state.step:07d}")
+                if every.score.is_due():
+                    results.log_score()
+                if every.validation.is_due():
+                    results.log_validation_loss()
+                if every.pipeline.is_due():
+                    results.save_pipeline()
+                if every.checkpoint.is_due():
+                    state.save(output, options.checkpoints_total_limit)
+        finish(options, state, log, results, stop_reason, dataset, hub)
 
 
 def train_step(

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from samplers import fold_seed, make_timestep_sampler, mean_squares
+from samplers import fold_seed, make_timestep_sampler
 from training.denoiser import Denoiser
 from training.machine import device_name
 from training.metrics import by_bin
@@ -90,20 +90,13 @@ def train(method, options, images, moments, args):
     sampler = make_timestep_sampler(noise_scheduler, method, images=images, seed=args.seed, **options)
     generator = torch.Generator()
 
-    def denoising_loss(images, timesteps, noise):
-        unet.eval()
-        with torch.no_grad():
-            errors = denoiser.epsilon_errors(images, noise, timesteps)
-        unet.train()
-        return mean_squares(errors)
-
     tables, drawn = {}, []
     for step in range(1, args.steps + 1):
         generator.manual_seed(fold_seed(args.seed, step, stream=1))
         clean = images[torch.randint(len(images), (args.batch_size,), generator=generator)]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps, weights = sampler.sample(len(clean), images=clean)
-        sampler.before_update(clean, denoising_loss)
+        sampler.before_update(clean, denoiser.epsilon_losses)
         errors = denoiser.epsilon_errors(clean, noise, timesteps)
         losses = sampler.losses(errors, timesteps)
         (weights * losses).mean().backward()
@@ -111,14 +104,15 @@ def train(method, options, images, moments, args):
         optimizer.step()
         optimizer.zero_grad()
         sampler.update(timesteps, losses.detach())
-        sampler.after_update(denoising_loss)
+        sampler.after_update(denoiser.epsilon_losses)
         if step in moments.values():
             tables[step] = sampler.probabilities.clone(), sampler.weights.clone()
         if method == "kim" and (step - 1) % 40 == 0:
             t = timesteps.float()
             drawn.append([step, round(float(t.mean()), 1), round(float(t.std()), 1), sampler.selected.tolist()])
     uniform = torch.randint(1000, (len(images),), generator=generator.manual_seed(0))
-    loss = denoising_loss(images, uniform, torch.randn(images.shape, generator=generator)).mean()
+    noise = torch.randn(images.shape, generator=generator)
+    loss = denoiser.epsilon_losses(images, noise, uniform).mean()
     return {
         "loss": round(float(loss), 5),
         "tables": tables,

@@ -51,9 +51,10 @@ from training.methods import build_sampler
 from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
 from training.saving import write_json
-from training.state import build_state, warm_up
+from training.state import build_state
 from training.step_random import StepRandom
 from training.unet import build_unet
+from training.warm_up import warm_up
 
 
 @dataclass
@@ -83,6 +84,8 @@ def main(options):
             f"--data_images {options.data_images}, of {len(dataset)}: must be at least --train_batch_size "
             f"({options.train_batch_size})"
         )
+    if options.gradient_accumulation_steps != 1:
+        raise SystemExit(f"--gradient_accumulation_steps {options.gradient_accumulation_steps}: must be 1 here")
     options.resolution = dataset.resolution
 
     with ExitStack() as stack:
@@ -233,7 +236,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     unet = build_unet(options, dataset.channels, dataset.resolution)
     noise_scheduler = build_noise_scheduler(options)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, device)
-    state = build_state(options, accelerator, unet, sampler, PhaseClock(device), max_steps=None)
+    state = build_state(options, accelerator, unet, sampler, dataset, PhaseClock(device), max_steps=None)
     denoiser = Denoiser(state.network, noise_scheduler, device)
     step_random = StepRandom(options.seed, accelerator, options.random_flip)
     batches = open_batches(options, dataset, accelerator, images_seen=0)

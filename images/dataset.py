@@ -91,6 +91,17 @@ class ImageDataset(torch.utils.data.Dataset):
         return image
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How its images are made alike: arguments of the class, for another split of them."""
+        return {
+            "mode": self._mode,
+            "mode_is_a_guess": self._mode_is_a_guess,
+            "resolution": self.resolution,
+            "resolution_is_a_guess": self._resolution_is_a_guess,
+            "white_levels": self._white_levels,
+        }
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.channels, self.resolution, self.resolution
 
@@ -129,19 +140,23 @@ class ImageDataset(torch.utils.data.Dataset):
     # A part of it
 
     def hold_out(self, share: float) -> tuple["ImageDataset", "ImageDataset"]:
-        """(The others, those held out): the images divided for good, those held out evenly spaced through the data set.
+        """(The others, those held out): the images divided at random, and always alike.
 
         Args:
             share: of the images, in (0, 1), to hold out; at least one is, and at least one is not.
-        """
-        count = min(max(round(share * len(self)), 1), len(self) - 1)
-        held_out = [i * len(self) // count for i in range(count)]
-        others = sorted(set(range(len(self))) - set(held_out))
-        return self._part(others, "image held out"), self._part(held_out, "image not held out")
 
-    def _part(self, indices: list[int], why_not_the_others: str) -> "ImageDataset":
+        Raises:
+            ValueError: there is but one image.
+        """
+        if len(self) < 2:
+            raise ValueError(f"{self.name}: of one image none can be held out")
+        count = min(max(round(share * len(self)), 1), len(self) - 1)
+        order = self._random_order()
+        return self._part(order[count:], "image held out"), self._part(order[:count], "image that is not held out")
+
+    def _part(self, indices: torch.Tensor, left_out: str) -> "ImageDataset":
         part = copy.copy(self)
-        part._source = self._source.select(indices, why_not_the_others)
+        part._source = self._source.select(indices.sort().values.tolist(), left_out)
         part._images = part._source.images
         part._bad, part._notes = set(), list(self._notes)
         return part
@@ -217,12 +232,25 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def sample(self, count: int = 512) -> torch.Tensor:
         """Up to `count` of the images, evenly spaced through the data set: float32 [N, C, H, W] in [-1, 1]."""
-        return normalize(torch.stack([self[i] for i in self.spaced(count)]))
-
-    def spaced(self, count: int) -> list[int]:
-        """The indices of the images in `sample`."""
         spacing = max(len(self) / count, 1)
-        return [int(i * spacing) for i in range(min(count, len(self)))]
+        return normalize(torch.stack([self[int(i * spacing)] for i in range(min(count, len(self)))]))
+
+    def random_sample(self, count: int) -> tuple[torch.Tensor, list[int]]:
+        """Up to `count` of the images that can be decoded, at random but always the same: uint8 [N, C, H, W], and their
+        N indices."""
+        images, indices = [], []
+        for i in self._random_order().tolist():
+            image, bad = self.image_or_next(i)
+            self.note_bad_images(bad)
+            if not bad:
+                images.append(image)
+                indices.append(i)
+            if len(images) == count:
+                break
+        return torch.stack(images), indices
+
+    def _random_order(self) -> torch.Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
 
     def decode_all(self, num_workers: int | None = None, show_progress: bool = True) -> torch.Tensor:
         """Decode every image, in a pool of threads (Pillow releases the GIL while it decodes).

@@ -50,9 +50,9 @@ class Source:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def select(self, indices: Sequence[int], why_not_the_others: str) -> "Source":
-        """The images at these indices; the others are counted as left out."""
-        left_out = {**self.left_out, why_not_the_others: len(self.images) - len(indices)}
+    def select(self, indices: Sequence[int], left_out: str) -> "Source":
+        """The images at these indices; the others are counted, under the name of `left_out`."""
+        left_out = {**self.left_out, left_out: len(self.images) - len(indices)}
         if self.rows is None:
             labels = None if self.label_array is None else self.label_array[list(indices)]
             return replace(self, images=self.images[list(indices)], label_array=labels, left_out=left_out)

@@ -136,7 +136,7 @@ class TimestepSampler:
 
         Args:
             images: [B, C, H, W] as given to `sample`.
-            denoising_loss: of the model as it is: (images [N, C, H, W], timesteps [N], noise like images) -> [N]
+            denoising_loss: of the model as it is: (images [N, C, H, W], noise like images, timesteps [N]) -> [N]
                 unweighted epsilon-losses, without gradients, dropout or use of the global random state.
         """
 

@@ -142,7 +142,7 @@ class KimSampler(TimestepSampler):
 
         def terms(images, timesteps, generator):
             noise = torch.randn(images.shape, generator=generator, device=self.device)
-            return self._vlb_scale[timesteps] * denoising_loss(images, timesteps, noise).float()
+            return self._vlb_scale[timesteps] * denoising_loss(images, noise, timesteps).float()
 
         generator = self._stream(self.updates, 16 + world_size + rank)
         at_selected = torch.stack([terms(images, t.expand(len(images)), generator) for t in self.selected], 1)

@@ -14,8 +14,9 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training.ema import WeightAverage, full_tensor
-from training.stopping import NonFiniteGuard
+from training.ema import WeightAverage
+from training.nonfinite import NonFiniteGuard
+from training.sharding import full_tensor
 
 folder, sharded = sys.argv[1], sys.argv[2] == "sharded"
 torch.manual_seed(0)

@@ -1,17 +1,13 @@
 """The images of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from accelerate import Accelerator
 
-from images import ImageBatches, ImageDataset, ImageError, open_images, training_batches
+from images import ImageBatches, ImageDataset, open_images, training_batches
 
-from .options import TrainingOptions, validation_share
-from .output import OutputDir
+from .options import TrainingOptions
 from .resuming import Start, warn_of_changes
-from .state import TrainingState
+from .validation import divide
 
 
 def read_data(
@@ -22,42 +18,40 @@ def read_data(
         dataset, validation_images = open_training_data(options)
     options.resolution = dataset.resolution  # for the record, and whoever repeats the run
     accelerator.print(dataset.describe())
-    if validation_images:
+    if validation_images is not None:
         accelerator.print(f"validation: {validation_images.describe()}")
     warn_of_changes(options, dataset, start)
     return dataset, validation_images
 
 
 def open_training_data(options: TrainingOptions) -> tuple[ImageDataset, ImageDataset | None]:
-    """(What to train on, what to measure the validation loss on, or None).
+    """(What to train on, what to measure the validation loss on or None); see `divide`.
 
     Raises:
         ValueError: it cannot be found or used; naming the flag.
     """
-    dataset = open_images(options.dataset_name, resolution=options.resolution, **reading(options))
+    dataset = open_images(
+        options.dataset_name,
+        resolution=options.resolution,
+        image_mode=options.image_mode,
+        white_level=options.white_level,
+        **reading(options),
+    )
     if options.class_conditional:
         labels_of(options, dataset)  # what is wrong with them is found out here
-    if options.validation_split is None:
-        return dataset, None
-    share = validation_share(options.validation_split)
-    if share is not None:
-        if len(dataset) < 2:
-            raise ValueError(f"--validation_split {options.validation_split}: there is but one image")
-        return dataset.hold_out(share)
-    settings = reading(options) | {"image_mode": "L" if dataset.channels == 1 else "RGB"}
-    try:
-        split = options.validation_split
-        validation = open_images(options.dataset_name, split=split, resolution=dataset.resolution, **settings)
-    except ValueError as error:
-        raise ValueError(f"--validation_split {split}: {error}") from error
-    if options.class_conditional and validation.classes != dataset.classes:
-        raise ValueError(f"--validation_split {split}: its classes are others than those of the images to train on")
-    return dataset, validation
+
+    def open_split(split: str) -> ImageDataset:
+        images = open_images(options.dataset_name, split=split, like=dataset, **reading(options))
+        if options.class_conditional and images.classes != dataset.classes:
+            raise ValueError("its classes are others than those of the images to train on")
+        return images
+
+    return divide(dataset, options.validation_split, open_split)
 
 
 def reading(options: TrainingOptions) -> dict:
-    """How images are found and read: keyword arguments of `open_images`."""
-    names = "dataset_config_name cache_dir image_column label_column image_mode on_bad_image white_level"
+    """How the images of any split are found and read: keyword arguments of `open_images`."""
+    names = "dataset_config_name cache_dir image_column label_column on_bad_image"
     return {name: getattr(options, name) for name in names.split()}
 
 
@@ -93,16 +87,3 @@ def open_batches(
         show_progress=accelerator.is_local_main_process,
         labels=labels_of(options, dataset),
     )
-
-
-@contextmanager
-def checkpoint_if_data_fails(state: TrainingState, output: OutputDir, total_limit: int | None) -> Iterator[None]:
-    """Save the state where images that were there when the run began cannot be read any more.
-
-    Of several processes none does: the others wait for this one in the next update."""
-    try:
-        yield
-    except (ImageError, OSError):
-        if state.accelerator.num_processes == 1:
-            state.save(output, total_limit)
-        raise

@@ -69,8 +69,8 @@ class Denoiser:
     def epsilon_losses(
         self,
         images: torch.Tensor,
-        timesteps: torch.Tensor,
         noise: torch.Tensor,
+        timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B] the mean squares of these errors, of the network as it is now: without gradients and dropout."""

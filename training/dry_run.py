@@ -1,15 +1,15 @@
 """What a run would be, without its being one."""
 
+import dataclasses
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import psutil
 import torch
 
 from images import ImageBatches
 
-from .options import TrainingOptions
+from .options import BudgetOptions, TrainingOptions
 from .state import TrainingState
 
 TIMED_STEPS = 3
@@ -27,8 +27,9 @@ def dry_run(
     Args:
         train_step: makes an update from the images [B, C, H, W] and labels [B] of a step.
     """
-    begun = state.step
-    seconds = []
+    begun, seconds = dataclasses.replace(state), []
+    if state.accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(state.accelerator.device)
     for _ in range(1 + TIMED_STEPS):
         start = time.perf_counter()
         train_step(*next(batches))
@@ -46,22 +47,36 @@ def dry_run(
         "precision": f"{state.accelerator.mixed_precision}{', compiled' if options.compile else ''}",
         "step": f"{per_step:.4g} s (mean of {TIMED_STEPS}), {state.images_per_step / per_step:,.4g} images/s",
         "memory": used_memory(state.accelerator.device),
-        "run": budget(options, max_steps, begun, per_step, batches.num_images / state.images_per_step),
+        "run": what_is_left(options, begun, max_steps, per_step, batches.num_images),
     }
     for name, text in lines.items():
         state.accelerator.print(f"{name:10} {text}")
     state.accelerator.print("a dry run: nothing was written")
 
 
-def budget(
-    options: TrainingOptions, max_steps: int | None, begun: int, seconds_per_step: float, steps_per_epoch: float
+def what_is_left(
+    options: BudgetOptions,
+    state: TrainingState,
+    max_steps: int | None,
+    seconds_per_step: float,
+    images_per_epoch: int,
 ) -> str:
-    """How many steps, epochs and hours are to come, in words."""
-    steps_by_time = options.max_train_seconds / seconds_per_step if options.max_train_seconds else float("inf")
-    steps = min(max_steps - begun if max_steps is not None else float("inf"), steps_by_time)
-    time_left = timedelta(seconds=round(steps * seconds_per_step))
-    from_where = f" from step {begun:,}" if begun else ""
-    return f"about {steps:,.0f} steps{from_where}, {steps / steps_per_epoch:,.1f} epochs, {time_left} of training"
+    """How many steps and how much time are to come, in words; `state` is that of the beginning."""
+    limits = []
+    if max_steps is not None:
+        limits.append(max_steps - state.step)
+    if options.max_train_seconds:
+        limits.append((options.max_train_seconds - state.clock.seconds("train")) / seconds_per_step)
+    steps = max(min(limits), 0)
+    epochs = steps * state.images_per_step / images_per_epoch
+    from_where = f" from step {state.step:,} on" if state.step else ""
+    return f"about {steps:,.0f} steps{from_where}, {epochs:,.1f} epochs, {hours(steps * seconds_per_step)} of training"
+
+
+def hours(seconds: float) -> str:
+    """H:MM:SS, however many hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{seconds:02}"
 
 
 def used_memory(device: torch.device) -> str:

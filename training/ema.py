@@ -1,15 +1,15 @@
 """The average of the weights, which is what is sampled from and saved."""
 
-from collections.abc import Iterable
-
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipelines import ClassConditionalPipeline
+
+from .nonfinite import check_finite
+from .sharding import full_tensor, placed_like
 
 
 class WeightAverage(EMAModel):
@@ -54,29 +54,3 @@ def averaged_pipeline(
     average.load_state_dict(weights)
     parts = average.eval(), DDPMScheduler.from_config(noise_scheduler.config)
     return DDPMPipeline(*parts) if classes is None else ClassConditionalPipeline(*parts, dict(enumerate(classes)))
-
-
-def check_finite(tensors: Iterable[torch.Tensor], what: str) -> None:
-    """Refuse weights that are not finite: nothing good can be saved of them, or sampled with them.
-
-    Raises:
-        FloatingPointError: on all processes alike.
-    """
-    is_finite = torch.stack([full_tensor(tensor.detach()).isfinite().all() for tensor in tensors]).all().float()
-    if torch.distributed.is_initialized():  # shards may differ
-        torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
-    if not is_finite:
-        raise FloatingPointError(f"the {what} are not finite, and are not saved")
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered from all processes if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def placed_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """A tensor on the device of another, and sharded as that is."""
-    tensor = tensor.to(example.device)
-    if isinstance(example, DTensor):
-        return distribute_tensor(tensor, example.device_mesh, example.placements)
-    return tensor

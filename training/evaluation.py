@@ -1,19 +1,19 @@
-"""The score during training: a Fréchet distance of a few thousand samples of the averaged weights."""
+"""What measures the averaged weights during training: a Fréchet distance of their samples, and a validation loss."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMPipeline
 
 from images import ImageDataset, training_batches
 from pipelines import ClassConditionalPipeline, sample_images
-from scoring.frechet_metric import make_frechet_metric
 
 from .clock import PhaseClock
 from .data import labels_of
 from .options import ScoreOptions, TrainingOptions
-from .validation import NUM_EXAMPLES, ValidationLoss
+from .validation import ValidationLoss
 
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
 
@@ -36,10 +36,9 @@ def build_evaluation(
         with clock.phase("eval"):
             evaluator = Evaluator(options, dataset, accelerator, seed, batch_size)
             evaluator.add_reference()
-    if validation_images:
-        indices = validation_images.spaced(NUM_EXAMPLES)
-        images, labels = validation_images.sample(NUM_EXAMPLES), labels_of(options, validation_images)[indices]
-        validation = ValidationLoss(images, labels, options.ddpm_num_steps, batch_size, accelerator)
+    if validation_images is not None:
+        labels = labels_of(options, validation_images)
+        validation = ValidationLoss(validation_images, labels, options.ddpm_num_steps, batch_size, accelerator)
     return evaluator, validation
 
 
@@ -68,8 +67,7 @@ class Evaluator:
         self.options, self.dataset, self.device = options, dataset, accelerator.device
         self.seed, self.batch_size = seed, batch_size
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        weights = options.eval_feature_extractor_weights
-        self.metric = make_frechet_metric(options.eval_feature_extractor, weights, self.device)
+        self.metric = load_metric(options, self.device)
         num_features = self.metric.inception.num_features
         if options.eval_num_images <= num_features:
             raise ValueError(
@@ -125,3 +123,13 @@ class Evaluator:
         """This process's part of the numbers 0 .. count-1, in as many batches as all others; empty ones last."""
         share, batch_size = range(self.rank, count, self.world_size), self.batch_size
         return [share[i : i + batch_size] for i in range(0, -(-count // self.world_size), batch_size)]
+
+
+def load_metric(options: ScoreOptions, device: torch.device) -> Any:
+    """The distance by the feature extractor that the options name. Raises ValueError."""
+    from scoring.frechet_metric import make_frechet_metric  # here: it takes seconds to import, and few runs need it
+
+    try:
+        return make_frechet_metric(options.eval_feature_extractor, options.eval_feature_extractor_weights, device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--feature_extractor", "--eval_feature_extractor")) from error

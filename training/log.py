@@ -108,6 +108,7 @@ class TrainingLog:
         self._show(loss, rate)
         self.last_record = self.add(
             scalars,
+            tracked={"images": state.images, "train_seconds": seconds},
             loss_by_timestep=loss_by_timestep,
             density=by_bin(state.sampler.probabilities),
             weight=by_bin(state.sampler.weights),
@@ -132,8 +133,7 @@ class TrainingLog:
         state = self.state
         seconds = round(state.clock.seconds("train"), 3)
         position = {"step": state.step, "images": state.images, "train_seconds": seconds}
-        numbers = {**position, **scalars, **(tracked or {})}
-        numbers = {name: value for name, value in numbers.items() if value is not None}
+        numbers = {name: value for name, value in {**scalars, **(tracked or {})}.items() if value is not None}
         self.accelerator.log(numbers, step=state.step)
         record = {**position, **scalars, **further, **({"last": True} if last else {})}
         if self.accelerator.is_main_process:

@@ -40,12 +40,13 @@ def build_sampler(
     flag = f"--method {options.method} --timestep_sampler_options {json.dumps(given)}"
     for name in given.keys() & {"seed", "device", "images", "low_discrepancy", *PARTS}:
         raise ValueError(f"{flag}: {name} is no setting of a sampler's class; it has a flag, or is the run's")
+    images = sample_images() if method_of(options).needs_images else None
     try:
         return make_timestep_sampler(
             schedule,
             options.method,
             **method_parts(options),
-            images=sample_images() if method_of(options).needs_images else None,
+            images=images,
             low_discrepancy=options.low_discrepancy,
             seed=seed,
             device=device,

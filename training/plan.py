@@ -2,16 +2,37 @@
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 from samplers import NoiseSchedule
 
+from .hub import HubUpload
 from .methods import build_sampler
 from .noise_schedule import build_noise_scheduler
 from .options import TrainingOptions
+from .output import OutputDir
+from .resuming import Start, check_same_network, find_start
 from .unet import build_unet, load_unet_config
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
 STAND_IN_CLASSES = 10
+
+
+def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[OutputDir, HubUpload, Start]:
+    """Refuse what can be seen to be wrong without the data; nothing is changed. Returns where the run writes to, where
+    it uploads to, and where it begins.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    output = OutputDir(options.output_dir)
+    hub = HubUpload(options, output, options.logging_dir)
+    start = find_start(options, output, accelerator)
+    if accelerator.is_main_process:
+        hub.check()
+    plan_run(options)
+    check_same_network(options, start)
+    return output, hub, start
 
 
 def plan_run(options: TrainingOptions) -> None:

@@ -73,21 +73,25 @@ class Results:
         classes = self.denoiser.classes or []
         return len(classes) if 1 < len(classes) <= min(MOST_COLUMNS, self.options.eval_batch_size) else None
 
-    def save_score(self) -> None:
+    def log_score(self) -> None:
         """Write a score of samples to the log."""
         with self.clock.phase("eval"):
             score = self.evaluator.score(self._pipeline(), self.stop.is_signalled)
-        if score is not None:
-            self.log.add({self.evaluator.name: score}, **self.evaluator.settings)
+            if score is not None:
+                self.log.add({self.evaluator.name: score}, **self.evaluator.settings)
 
-    def save_validation_loss(self, last: bool = False) -> None:
+    def log_validation_loss(self, last: bool = False) -> None:
         """Write the loss on the validation images to the log, by timestep. last: as in `TrainingLog.write`."""
         with self.clock.phase("validation"):
-            network = self._pipeline().unet.to(self.accelerator.device)
-            loss, by_timestep = self.validation.measure(network, self.denoiser)
-        names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
-        scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
-        self.log.add({"validation_loss": loss}, scalars, validation_loss_by_timestep=by_timestep, last=last)
+            network, denoiser = self._pipeline().unet.to(self.accelerator.device), self.denoiser
+            measured = self.validation.measure(
+                network, denoiser.noise_scheduler, denoiser.classes, self.stop.is_signalled
+            )
+            if measured is not None:
+                loss, by_timestep = measured
+                names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
+                scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
+                self.log.add({"validation_loss": loss}, scalars, last, validation_loss_by_timestep=by_timestep)
 
     def _pipeline(self) -> DDPMPipeline | ClassConditionalPipeline:
         denoiser = self.denoiser

@@ -1,8 +1,6 @@
 """Where a run begins: at nothing, or at a checkpoint, with which it must have some things in common."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 
-from images import ImageDataset, ImageError, check_output_outside_data
+from images import ImageDataset, check_output_outside_data
 from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
@@ -124,8 +122,13 @@ def warn_of_changes(options: TrainingOptions, dataset: ImageDataset, start: Star
     if not start.checkpoint:
         return
     left_out = (*NOT_SAVED, "output_dir")
-    for name, (old, new) in changed_options(options, start.checkpoint.parent / OPTIONS_FILE, left_out).items():
+    changed = changed_options(options, start.checkpoint.parent / OPTIONS_FILE, left_out)
+    for name, (old, new) in changed.items():
         logger.warning(f"resuming with --{name} {new}, which was {old}")
+    if options.validation_split and "validation_split" in changed:
+        logger.warning(
+            f"--validation_split {options.validation_split}: the run may have trained on these images before"
+        )
     saved = start.process_state.get("data")  # not in checkpoints of an earlier version
     if saved and saved["fingerprint"] != dataset.fingerprint():
         logger.warning(
@@ -134,24 +137,3 @@ def warn_of_changes(options: TrainingOptions, dataset: ImageDataset, start: Star
         )
     if options.class_conditional and saved and saved.get("classes") not in (None, dataset.classes):
         logger.warning(f"{dataset.name} had other classes when the checkpoint was saved: {', '.join(saved['classes'])}")
-
-
-def override_settings(optimizer, lr_scheduler, settings: dict) -> None:
-    """Let flags override what a checkpoint has brought of the optimiser's settings, and keep its state."""
-    for group in optimizer.param_groups:
-        group.update(settings, initial_lr=settings["lr"])
-    lr_scheduler.base_lrs = [settings["lr"]] * len(lr_scheduler.lr_lambdas)
-    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-        group["lr"] = settings["lr"] * factor(lr_scheduler.last_epoch)
-
-
-@contextmanager
-def last_good_checkpoint(output: OutputDir) -> Iterator[None]:
-    """What ends a run under way says from where the run can go on."""
-    try:
-        yield
-    except (FloatingPointError, OSError, ImageError) as error:
-        checkpoints = list_checkpoints(output.folder)
-        last = f"the last good checkpoint is {checkpoints[-1][1]}" if checkpoints else "there is no checkpoint yet"
-        hint = " (go on with --resume_from_checkpoint latest)" if checkpoints else ""
-        raise type(error)(f"{error}; {last}{hint}") from error

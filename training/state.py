@@ -1,7 +1,7 @@
 """All that training changes, in one object, which is what a checkpoint holds."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from samplers import TimestepSampler
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .clock import PhaseClock
-from .denoiser import Denoiser
-from .ema import WeightAverage, check_finite
+from .ema import WeightAverage
 from .metrics import LossMeter
+from .nonfinite import NonFiniteGuard, check_finite
 from .options import OptimizationOptions
 from .output import OutputDir
-from .resuming import Start, override_settings
-from .stopping import NonFiniteGuard
+from .resuming import Start
 
 
 @dataclass
@@ -49,7 +48,7 @@ class TrainingState:
     clock: PhaseClock
     images_per_step: int
     max_grad_norm: float
-    made_for: dict[str, Any] = field(default_factory=dict)
+    made_for: dict[str, Any]
     step: int = 0
     images: int = 0
 
@@ -110,6 +109,7 @@ def build_state(
     accelerator: Accelerator,
     unet: torch.nn.Module,
     sampler: TimestepSampler,
+    dataset: ImageDataset,
     clock: PhaseClock,
     max_steps: int | None,
 ) -> TrainingState:
@@ -117,6 +117,7 @@ def build_state(
 
     Args:
         unet: moves to the accelerator's device.
+        dataset: to be trained on.
         max_steps: of the whole run; None where only time is limited.
     """
     optimizer = torch.optim.AdamW(
@@ -141,6 +142,8 @@ def build_state(
     )
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     is_scaled = accelerator.scaler is not None
+    network_config = json.loads(accelerator.unwrap_model(network).to_json_string())
+    data = {"images": len(dataset), "fingerprint": dataset.fingerprint(), "classes": dataset.classes}
     return TrainingState(
         accelerator,
         network,
@@ -153,30 +156,14 @@ def build_state(
         clock=clock,
         images_per_step=options.images_per_process * accelerator.num_processes,
         max_grad_norm=options.max_grad_norm,
+        made_for={"unet": network_config, "data": data},
     )
 
 
-def identify(state: TrainingState, dataset: ImageDataset) -> dict[str, Any]:
-    """`TrainingState.made_for`."""
-    config = state.accelerator.unwrap_model(state.network).to_json_string()
-    data = {"images": len(dataset), "fingerprint": dataset.fingerprint(), "classes": dataset.classes}
-    return {"unet": json.loads(config), "data": data}
-
-
-def warm_up(state: TrainingState, denoiser: Denoiser, image_shape: tuple[int, ...], batch_size: int) -> None:
-    """Run the network and the sampler's losses forward and backward on noise, so that what the first step takes longer
-    for is over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights,
-    gradients and random states as they were.
-
-    That is compilation, autotuning, and DDP's buckets, which settle after the first step, and with them the order of
-    its sums: then it must not be a step of the run.
-    """
-    device, sampler = state.accelerator.device, state.sampler
-    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for _ in range(2):
-            images = torch.randn(batch_size, *image_shape, device=device)
-            sampler.losses(denoiser.epsilon_errors(images, images, timesteps), timesteps).mean().backward()
-        if sampler.measures_model:
-            denoiser.epsilon_losses(images, timesteps, images)
-    state.network.zero_grad(set_to_none=True)
+def override_settings(optimizer, lr_scheduler, settings: dict) -> None:
+    """Let flags override what a checkpoint has brought of the optimiser's settings, and keep its state."""
+    for group in optimizer.param_groups:
+        group.update(settings, initial_lr=settings["lr"])
+    lr_scheduler.base_lrs = [settings["lr"]] * len(lr_scheduler.lr_lambdas)
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = settings["lr"] * factor(lr_scheduler.last_epoch)

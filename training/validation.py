@@ -1,15 +1,50 @@
 """The loss by noise level on images that are not trained on: how far a run is, whatever its objective is."""
 
+import re
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
+from diffusers import DDPMScheduler
 
+from images import ImageDataset, normalize
 from samplers import fold_seed
 
 from .denoiser import Denoiser
 from .metrics import LossMeter
+from .options import validation_share
 
 NUM_EXAMPLES = 1000  # 50 for each of twenty bins of timesteps
+BATCH_SIZE = 32  # at least: without gradients there is room
 SEED = 0  # not the run's: the examples are the same in all runs
+
+
+def divide(
+    dataset: ImageDataset, split: str | None, open_split: Callable[[str], ImageDataset]
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """(What to train on, what to validate on, or None).
+
+    Args:
+        dataset: the images of the split `train`.
+        split: `--validation_split`.
+        open_split: opens another split of them.
+
+    Raises:
+        ValueError: there is nothing to validate on that is not trained on too.
+    """
+    if split is None:
+        return dataset, None
+    try:
+        if (share := validation_share(split)) is not None:
+            return dataset.hold_out(share)
+        if "train" in {re.split(r"[\[(]", part)[0].strip() for part in split.split("+")}:
+            raise ValueError("the split train is trained on: give another, or a share of it to hold out, as 0.1")
+        validation = open_split(split)
+        if not len(validation):
+            raise ValueError("holds no images")
+        return dataset, validation
+    except ValueError as error:
+        raise ValueError(f"--validation_split {split}: {error}") from error
 
 
 class ValidationLoss:
@@ -20,42 +55,63 @@ class ValidationLoss:
     stratified, at equal distances from 0 to T.
 
     Args:
-        images: [N, C, H, W] in [-1, 1], all there are or a sample of them.
-        labels: int64 [N].
+        images: to choose a thousand of, at random.
+        labels: int64 [len(images)].
         num_train_timesteps: T.
-        batch_size: examples at a time.
+        batch_size: of training, which fits; without gradients one of `BATCH_SIZE` does too.
     """
 
     def __init__(
         self,
-        images: torch.Tensor,
+        images: ImageDataset,
         labels: torch.Tensor,
         num_train_timesteps: int,
         batch_size: int,
         accelerator: Accelerator,
     ):
-        self.images, self.labels, self.accelerator, self.batch_size = images, labels, accelerator, batch_size
+        self.images, indices = images.random_sample(NUM_EXAMPLES)
+        self.labels = labels[indices]
+        self.accelerator, self.batch_size = accelerator, max(batch_size, BATCH_SIZE)
         self.num_train_timesteps = num_train_timesteps
         order = torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(SEED))
-        self.image_numbers = order % len(images)
+        self.image_numbers = order % len(self.images)
         self.timesteps = (torch.arange(NUM_EXAMPLES) * num_train_timesteps + num_train_timesteps // 2) // NUM_EXAMPLES
 
-    def measure(self, network: torch.nn.Module, trained: Denoiser) -> tuple[float | None, list[float | None]]:
-        """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device, in place of the one that
-        is `trained`. All processes must call it. Losses that are not finite are left out."""
+    def measure(
+        self,
+        network: torch.nn.Module,
+        noise_scheduler: DDPMScheduler,
+        classes: list[str] | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> tuple[float | None, list[float | None]] | None:
+        """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device. All processes must call
+        it. Losses that are not finite are left out.
+
+        Args:
+            classes: that the network knows.
+            is_abandoned: asked by all processes before each batch; once it is true, there is no loss (None).
+        """
         accelerator, device = self.accelerator, self.accelerator.device
-        denoiser = Denoiser(network, trained.noise_scheduler, device, trained.classes)
+        denoiser = Denoiser(network, noise_scheduler, device, classes)
         meter = LossMeter(self.num_train_timesteps, device)
-        share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
-        for numbers in share.split(self.batch_size):
-            images = self.images[self.image_numbers[numbers]]
-            noise = torch.stack([self._noise(number) for number in numbers.tolist()])
-            timesteps = self.timesteps[numbers].to(device)
-            labels = self.labels[self.image_numbers[numbers]].to(device)
-            losses = denoiser.epsilon_losses(images.to(device), timesteps, noise.to(device), labels)
-            meter.add_losses(timesteps, losses, losses)
+        # All processes have as many batches, of which the last may be empty for some
+        for together in torch.arange(NUM_EXAMPLES).split(self.batch_size * accelerator.num_processes):
+            if is_abandoned():
+                return None
+            numbers = together[accelerator.process_index :: accelerator.num_processes]
+            if len(numbers):
+                meter.add_losses(*self._losses(denoiser, numbers))
         loss, _, loss_by_timestep = meter.read(accelerator)
         return loss, loss_by_timestep
+
+    def _losses(self, denoiser: Denoiser, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(timesteps [B], losses [B], losses [B]) of the examples of these numbers."""
+        device = self.accelerator.device
+        images = normalize(self.images[self.image_numbers[numbers]]).to(device)
+        labels, timesteps = self.labels[self.image_numbers[numbers]].to(device), self.timesteps[numbers].to(device)
+        noise = torch.stack([self._noise(number) for number in numbers.tolist()]).to(device)
+        losses = denoiser.epsilon_losses(images, noise, timesteps, labels)
+        return timesteps, losses, losses
 
     def _noise(self, number: int) -> torch.Tensor:
         """[C, H, W] drawn on the CPU, whose generator is the same everywhere."""

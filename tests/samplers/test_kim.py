@@ -78,7 +78,7 @@ class ToyModel:
     def __init__(self, gain):
         self.level, self.gain, self.calls = torch.full((T,), 100.0), gain, []
 
-    def denoising_loss(self, images, timesteps, noise):
+    def denoising_loss(self, images, noise, timesteps):
         assert len(images) == len(timesteps)
         assert noise.shape == images.shape
         self.calls.append((timesteps, noise))
@@ -168,7 +168,7 @@ def test_kim_learns_which_timesteps_pay():
         paid = timesteps / T - 0.5
         state = {"fall": torch.zeros(64)}
 
-        def denoising_loss(images, t, noise, state=state):
+        def denoising_loss(images, noise, t, state=state):
             level = torch.ones(len(images)) * 10
             if len(images) == 64 and (t == t[0]).all():  # of the batch, at one timestep of S
                 level = level - state["fall"] / scale[t] / 3

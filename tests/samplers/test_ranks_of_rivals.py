@@ -33,7 +33,7 @@ for name in ("loss_second_moment", "uncertainty", "adaptive_log_snr", "info_nois
 sampler = make_timestep_sampler(schedule, "kim", update_every=2)
 generator = torch.Generator().manual_seed(rank)
 level = loss.clone() * 10
-def denoising_loss(images, t, noise):
+def denoising_loss(images, noise, t):
     return level[t] * (1 + images.mean((1, 2, 3)))
 out["draws"] = []
 for step in range(7):

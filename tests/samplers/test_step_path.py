@@ -78,7 +78,7 @@ def test_update_takes_losses_as_a_training_loop_has_them(name):
 
 @pytest.mark.parametrize("name", [name for name in TIMESTEP_SAMPLERS if name != "kim"])
 def test_the_others_neither_look_at_images_nor_at_the_model(name):
-    def denoising_loss(images, timesteps, noise):
+    def denoising_loss(images, noise, timesteps):
         raise AssertionError("only a sampler that learns from an update's effect may ask")
 
     sampler, reference = make_sampler(name), make_sampler(name)
