@@ -39,7 +39,7 @@ def test_the_network_sees_the_labels_and_the_null_class_where_there_are_none():
     zeros = torch.zeros(2, 1, 4, 4)
     errors = denoiser.epsilon_errors(zeros, zeros, torch.zeros(2, dtype=torch.long))
     assert errors.unique().tolist() == [3]
-    losses = denoiser.epsilon_losses(zeros, torch.zeros(2, dtype=torch.long), zeros, torch.tensor([1, 2]))
+    losses = denoiser.epsilon_losses(zeros, zeros, torch.zeros(2, dtype=torch.long), torch.tensor([1, 2]))
     assert losses.tolist() == [1, 4]
 
 

@@ -1,6 +1,10 @@
 """A dry run says what would be trained, and leaves the folder as it was."""
 
 import re
+from types import SimpleNamespace
+
+from training.dry_run import what_is_left
+from training.options import BudgetOptions
 
 
 def contents(folder):
@@ -24,7 +28,7 @@ def test_of_a_run_that_would_go_on_or_be_replaced(train):
     run = train("run", "--max_train_steps", 6).wait()
     before = contents(run.folder)
     resumed = train("run", "--dry_run", "--resume_from_checkpoint", "latest").wait()
-    assert "about 18 steps from step 6, " in resumed.output
+    assert "about 18 steps from step 6 on, " in resumed.output
     assert contents(run.folder) == before
     train("run", "--dry_run", "--overwrite_output_dir").wait()
     assert contents(run.folder) == before
@@ -33,3 +37,17 @@ def test_of_a_run_that_would_go_on_or_be_replaced(train):
 def test_what_cannot_work_is_refused_by_it_too(train):
     run = train("run", "--dry_run", "--unet", '{"norm_num_groups": 3}').wait(1)
     assert "UNet2DModel cannot use it" in run.output.splitlines()[-1]
+
+
+def test_what_is_spent_is_not_to_come(train):
+    train("run", "--max_train_steps", 6).wait()
+    past = train("run", "--dry_run", "--resume_from_checkpoint", "latest", "--max_train_steps", 4).wait()
+    assert "about 0 steps from step 6 on, 0.0 epochs, 0:00:00 of training" in past.output
+    state = SimpleNamespace(step=10, images_per_step=20, clock=SimpleNamespace(seconds=lambda phase: 3600.0))
+    for limits, expected in (
+        ({"max_train_seconds": 3660.0}, "about 120 steps from step 10 on, 24.0 epochs, 0:01:00 of training"),
+        ({"max_train_seconds": 10.0}, "about 0 steps from step 10 on, 0.0 epochs, 0:00:00 of training"),
+        ({}, "about 9,007,199,254,740,982 steps from step 10 on"),
+    ):
+        max_steps = None if limits else 2**53
+        assert what_is_left(BudgetOptions(**limits), state, max_steps, 0.5, images_per_epoch=100).startswith(expected)

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
+from image_helpers import contents_with_bad_ones, encoded, open_contents, random_pixels, write_source
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from images import open_images
 from training.results import timestep_ranges
-from training.validation import NUM_EXAMPLES, ValidationLoss
+from training.validation import NUM_EXAMPLES, ValidationLoss, divide
 
 T = 1000
 
@@ -33,9 +36,16 @@ class Zero(torch.nn.Module):
         return (torch.zeros_like(noisy_images),)
 
 
-def validation(images=None, batch_size=64, rank=0, world_size=1):
-    images = torch.linspace(-1, 1, 7 * 3 * 4 * 4).view(7, 3, 4, 4) if images is None else images
-    return ValidationLoss(images, T, batch_size, accelerator(rank, world_size))
+class Images:
+    """Seven images of noise, as an `ImageDataset` chooses them."""
+
+    def random_sample(self, count):
+        pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 4), dtype=np.uint8)
+        return torch.from_numpy(pixels), [6, 5, 4, 3, 2, 1, 0]
+
+
+def validation(batch_size=64, rank=0, world_size=1):
+    return ValidationLoss(Images(), torch.arange(7), T, batch_size, accelerator(rank, world_size))
 
 
 def test_timesteps_are_stratified_and_all_images_used_alike():
@@ -48,15 +58,16 @@ def test_timesteps_are_stratified_and_all_images_used_alike():
 
 def test_it_is_the_plain_mean_square_of_the_noise_that_a_network_does_not_see():
     """Of a network that predicts nothing: the noise's own mean square, which the noisy images give away."""
-    network, images = Zero(), torch.zeros(1, 3, 4, 4)
-    scheduler = DDPMScheduler()
-    loss, by_timestep = validation(images).measure(network, scheduler)
+    network, scheduler, examples = Zero(), DDPMScheduler(), validation()
+    loss, by_timestep = examples.measure(network, scheduler)
     noisy_images, timesteps = (torch.cat(parts) for parts in zip(*network.asked, strict=True))
-    noise = noisy_images / (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1)
+    abar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    images = examples.images[examples.image_numbers] / 127.5 - 1
+    noise = (noisy_images - abar.sqrt() * images) / (1 - abar).sqrt()
     squares = noise.square().mean((1, 2, 3))
     assert loss == pytest.approx(squares.mean().item(), rel=1e-5)
     for i, value in enumerate(by_timestep):
-        assert value == pytest.approx(squares[timesteps * 20 // T == i].mean().item(), rel=1e-4)
+        assert value == pytest.approx(squares[timesteps * 20 // T == i].mean().item(), rel=1e-3)
     assert loss == pytest.approx(1, abs=0.05)
 
 
@@ -80,6 +91,25 @@ def test_processes_share_the_examples_out():
     assert torch.equal(together[0][order], asked[0][0])
 
 
+def test_each_image_keeps_its_label():
+    seen = []
+
+    class Network(Zero):
+        def forward(self, noisy_images, timesteps, return_dict, class_labels):
+            seen.append(class_labels)
+            return super().forward(noisy_images, timesteps, return_dict)
+
+    examples = validation()
+    examples.measure(Network(), DDPMScheduler(), classes=["a"] * 7)
+    assert torch.equal(torch.cat(seen), 6 - examples.image_numbers)  # as `Images` has chosen them
+
+
+def test_it_is_given_up_on_a_signal():
+    network, answers = Zero(), iter([False, False, True])
+    assert validation().measure(network, DDPMScheduler(), is_abandoned=lambda: next(answers)) is None
+    assert len(network.asked) == 2
+
+
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     validation().measure(Zero(), DDPMScheduler())
@@ -95,14 +125,14 @@ def test_bins_are_named_by_their_timesteps():
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 180), (0.0001, 1), (0.9999, 1796), (0.5, 898)])
-def test_a_share_is_held_out_evenly_and_nothing_is_lost(digits, share, count):
+def test_a_share_is_held_out_at_random_and_nothing_is_lost(digits, share, count):
     others, held_out = digits.hold_out(share)
     assert (len(held_out), len(others)) == (count, 1797 - count)
     pixels = torch.cat([others.decode_all(), held_out.decode_all()])
     both, all_images = ({image.numpy().tobytes(): 0 for image in images} for images in (pixels, digits.decode_all()))
     assert both.keys() == all_images.keys()
-    assert torch.equal(held_out[0], digits[0])
-    assert torch.equal(held_out.decode_all()[-1], digits[(count - 1) * 1797 // count])
+    again, _ = digits.hold_out(share)
+    assert torch.equal(again.decode_all(), others.decode_all())
     assert others.contents()["left_out"] == {"image held out": count}
     assert "left out: 1 image held out" in others.describe() or f"{count:,} images held out" in others.describe()
     assert others.fingerprint() != digits.fingerprint()
@@ -113,8 +143,34 @@ def test_a_share_of_an_npz_is_held_out(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", pixels)
     others, held_out = open_images(str(tmp_path / "images.npz")).hold_out(0.2)
-    assert held_out.decode_all().permute(0, 2, 3, 1).numpy().tolist() == pixels[[0, 5]].tolist()
-    assert others.decode_all().permute(0, 2, 3, 1).numpy().tolist() == np.delete(pixels, [0, 5], 0).tolist()
+    parts = [part.decode_all().permute(0, 2, 3, 1).numpy().tolist() for part in (others, held_out)]
+    assert [len(part) for part in parts] == [8, 2]
+    assert sorted(parts[0] + parts[1]) == sorted(pixels.tolist())
+
+
+def test_what_is_held_out_is_like_the_rest_whatever_their_order(tmp_path):
+    """Every tenth image is white: a stride of ten would hold out these, or none of them."""
+    pixels = np.zeros((1000, 4, 4, 3), dtype=np.uint8)
+    pixels[::10] = 255
+    np.savez(tmp_path / "images.npz", pixels)
+    others, held_out = open_images(str(tmp_path / "images.npz")).hold_out(0.1)
+    assert 3 < (held_out.decode_all()[:, 0, 0, 0] == 255).sum() < 20
+    assert (others.decode_all()[:, 0, 0, 0] == 255).sum() > 80
+
+
+def test_of_one_image_none_can_be_held_out(tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((1, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="of one image none can be held out"):
+        open_images(str(tmp_path / "images.npz")).hold_out(0.5)
+
+
+def test_images_that_cannot_be_decoded_are_not_chosen(tmp_path):
+    contents, pixels = contents_with_bad_ones(12, [2, 3, 11])
+    dataset = open_contents(tmp_path, contents, on_bad_image="skip", resolution=8, image_mode="RGB")
+    images, indices = dataset.random_sample(20)
+    assert sorted(indices) == [0, 1, 4, 5, 6, 7, 8, 9, 10]
+    assert torch.equal(images, pixels[indices])
+    assert dataset.bad_images == [2, 3, 11]
 
 
 # In a run
@@ -122,12 +178,18 @@ def test_a_share_of_an_npz_is_held_out(tmp_path):
 VALIDATION = ("--validation_split", 0.1, "--validation_steps", 8, "--max_train_steps", 20)
 
 
+def tracked(folder):
+    """{name: {step: value}} of what TensorBoard has."""
+    events = EventAccumulator(str(next(folder.glob("logs/*")))).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
 def validation_records(run):
     return [record for record in run.metrics if "validation_loss" in record]
 
 
 def test_a_run_measures_it_at_intervals_and_at_its_end(train):
-    run = train("run", *VALIDATION).wait()
+    run = train("run", *VALIDATION, "--logger", "tensorboard").wait()
     records = validation_records(run)
     assert [record["step"] for record in records] == [8, 16, 20]
     assert all(record["validation_loss"] > 0 for record in records)
@@ -139,20 +201,30 @@ def test_a_run_measures_it_at_intervals_and_at_its_end(train):
     assert "validation" in json.loads((run.folder / "training_summary.json").read_text())["seconds"]
 
     # A resumed run goes on from the regular records alone
+    assert tracked(run.folder)["validation_loss"] == {r["step"]: pytest.approx(r["validation_loss"]) for r in records}
+    assert "validation_loss_by_timestep/000-049" in tracked(run.folder)
     longer = train("run", *VALIDATION, "--max_train_steps", 24, "--resume_from_checkpoint", "latest").wait()
     at_once = train("at_once", *VALIDATION, "--max_train_steps", 24).wait()
     assert longer.metrics == at_once.metrics
     assert [record["step"] for record in validation_records(longer)] == [8, 16, 24]
 
 
-def test_it_changes_nothing_of_the_run(train, tmp_path):
-    np.savez(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    data = ("--dataset_name", tmp_path / "a.npz", "--max_train_steps", 12)
+def test_it_changes_nothing_of_the_run_and_is_of_the_averaged_weights(train, tmp_path):
+    folder = write_source("saved_splits", tmp_path, [encoded(pixels) for pixels in random_pixels(20)])
+    data = ("--dataset_name", folder, "--max_train_steps", 12, "--logging_steps", 4)
     plain = train("plain", *data).wait()
-    validated = train("validated", *data, "--validation_split", "train", "--validation_steps", 4).wait()
+    validated = train("validated", *data, "--validation_split", "test", "--validation_steps", 4).wait()
     records = [record for record in validated.metrics if "loss" in record]
     assert records == plain.metrics
     assert [record["step"] for record in validation_records(validated)] == [4, 8, 12]
+
+    pipeline = DDPMPipeline.from_pretrained(validated.folder)
+    images = open_images(str(folder), split="test")
+    examples = ValidationLoss(images, torch.zeros(1, dtype=torch.long), T, 8, accelerator())
+    loss, by_timestep = examples.measure(pipeline.unet, pipeline.scheduler)
+    record = validation_records(validated)[-1]
+    assert record["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["validation_loss_by_timestep"] == pytest.approx(by_timestep, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +251,32 @@ def test_options_that_are_not_allowed(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_split_that_does_not_exist_is_named(train):
-    run = train("run", "--validation_split", "test", "--validation_steps", 8).wait(1)
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("test", "--dataset_name digits has no split 'test', but ['train']"),
+        ("train", "the split train is trained on: give another, or a share of it to hold out"),
+        ("train[90%:]", "the split train is trained on"),
+    ],
+)
+def test_a_split_that_cannot_be_validated_on_is_named(train, split, message):
+    run = train("run", "--validation_split", split, "--validation_steps", 8).wait(1)
     last_line = run.output.splitlines()[-1]
-    assert "--validation_split test: --dataset_name digits has no split 'test', but ['train']" in last_line
+    assert f"--validation_split {split}: {message}" in last_line
     assert not run.folder.exists()
+
+
+def test_an_empty_split_is_refused():
+    digits = open_images("digits")
+    with pytest.raises(ValueError, match=r"--validation_split test\[5:5\]: holds no images"):
+        divide(digits, "test[5:5]", lambda split: open_images("digits", split="train[5:5]", like=digits))
+
+
+def test_another_split_is_read_as_the_images_to_train_on_are(tmp_path):
+    """One of them is all below 1, as images between 0 and 1 are; it is dark all the same."""
+    for split, level in (("train", 200.0), ("test", 1.0)):
+        (tmp_path / split).mkdir()
+        Image.fromarray(np.full((8, 8), level, dtype=np.float32)).save(tmp_path / split / "a.tiff")
+    images = open_images(str(tmp_path))
+    assert open_images(str(tmp_path), split="test").decode_all().max() == 255
+    assert open_images(str(tmp_path), split="test", like=images).decode_all().max() == 1
