@@ -18,11 +18,10 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from recipes import one_line_errors, parse_options
+from recipes import one_line_errors, parse_options, plain_values
 from scoring.checks import check_counts, check_rank, check_sizes
 from scoring.feature_extractors import load_extractor
 from scoring.fidelity import calculate
@@ -68,7 +67,7 @@ def evaluate(options: EvaluationOptions, argv: Sequence[str]) -> None:
     record = {
         "values": values,
         "command": shlex.join(["python", "evaluate.py", *argv]),
-        "options": asdict(options),
+        "options": plain_values(options, leave_out=()),
         "input1": describe_input(options, 1, inputs[0], images1),
         "input2": describe_input(options, 2, inputs[1], images2),
         "feature_extractor": extractor.description,
