@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from .folders import Listing, has_only_archives, list_folder
+from .labels import encode_labels, find_labels, label_columns
 from .metadata import apply_metadata
 from .records import GRID, TRAINING_RECORD, check_finished, images_of, read_record
 from .splits import ImageFiles, files_of_split, find_splits, slice_ranges
@@ -63,7 +64,7 @@ class Source:
         """int64 [N], indices into `classes`; -1 is none, as in `datasets`. None where there are no labels at all."""
         if self.label_column is None:
             return self.label_array
-        return encode(self.rows, self.label_column, self.classes)
+        return encode_labels(self.rows, self.label_column, self.classes)
 
 
 @dataclass(frozen=True)
@@ -337,33 +338,5 @@ def _from_rows(request: Request, rows: datasets.Dataset) -> Source:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"--image_column {column} holds no images, but {rows.features[column]}") from error
-    label_column, classes = _find_labels(rows, request)
-    found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return Source(request.name, rows[column], rows, column, classes, label_column, found)
-
-
-def _find_labels(rows: datasets.Dataset, request: Request) -> tuple[str | None, list[str] | None]:
-    """(The column of labels, the names of the classes). A chosen column may also be of strings or whole numbers, each
-    of which is a class then; without a choice, only one of the type ClassLabel is taken."""
-    chosen = request.label_column
-    if chosen is None:
-        found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-        return (found[0], list(rows.features[found[0]].names)) if len(found) == 1 else (None, None)
-    if chosen not in rows.features:
-        raise ValueError(f"--label_column {chosen}: {request.name} has no such column, but {', '.join(rows.features)}")
-    feature = rows.features[chosen]
-    if isinstance(feature, datasets.ClassLabel):
-        return chosen, list(feature.names)
-    values = set(rows[chosen][:]) if isinstance(feature, datasets.Value) else {None}
-    if not (all(type(value) is int for value in values) or all(type(value) is str for value in values)):
-        raise ValueError(f"--label_column {chosen} holds no labels, but {feature}, and all must have one")
-    return chosen, [str(value) for value in sorted(values)]
-
-
-def encode(rows: datasets.Dataset, column: str, classes: list[str]) -> np.ndarray:
-    """int64 [N] the labels in a column, as indices into `classes`."""
-    values = rows[column][:]
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64)
-    numbers = {name: i for i, name in enumerate(classes)}
-    return np.array([numbers[str(value)] for value in values], dtype=np.int64)
+    label_column, classes = find_labels(request.name, rows, request.label_column)
+    return Source(request.name, rows[column], rows, column, classes, label_column, label_columns(rows))

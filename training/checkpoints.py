@@ -4,16 +4,26 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from .output import OutputDir
 from .saving import named_save_errors
 
 MANIFEST = "manifest.json"  # {file: crc32} of everything else in the checkpoint
 
 
-def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
+def save_checkpoint(
+    accelerator: Accelerator,
+    output: OutputDir,
+    step: int,
+    process_state: dict[str, Any],
+    total_limit: int | None = None,
+) -> None:
     """Write `checkpoint-{step}` into the output folder: under a temporary name first, renamed when whole.
 
     Args:
@@ -31,7 +41,7 @@ def save_checkpoint(accelerator, output, step, process_state, total_limit=None):
     accelerator.wait_for_everyone()
 
 
-def _write_checkpoint(accelerator, output, final, process_state):
+def _write_checkpoint(accelerator: Accelerator, output: OutputDir, final: Path, process_state: dict[str, Any]) -> None:
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         output.remove_partial_saves()
@@ -49,7 +59,7 @@ def _write_checkpoint(accelerator, output, final, process_state):
             put_in_place(partial, final)
 
 
-def put_in_place(partial, final):
+def put_in_place(partial: Path, final: Path) -> None:
     """Rename a folder; into one that holds files of others already, file by file, the manifest last."""
     if not final.exists():
         os.replace(partial, final)
@@ -59,7 +69,7 @@ def put_in_place(partial, final):
     partial.rmdir()
 
 
-def find_checkpoint(output_dir, wanted, warn):
+def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: `wanted` is "latest" or a path. None where there is none yet.
 
     Args:
@@ -86,7 +96,7 @@ def find_checkpoint(output_dir, wanted, warn):
     return None
 
 
-def discard_checkpoints_after(output, step):
+def discard_checkpoints_after(output: OutputDir, step: int) -> list[Path]:
     """Delete the checkpoints of a life that is given up: those after `step`, from where the run goes on; returns them.
     Whatever checkpoint there is then is whole, and of this run.
 
@@ -102,7 +112,7 @@ def discard_checkpoints_after(output, step):
     return given_up
 
 
-def read_process_state(path, process_index):
+def read_process_state(path: Path, process_index: int) -> dict[str, Any]:
     """What `save_checkpoint` was given as this process's `process_state`.
 
     With more processes than saved it, the ones beyond take the state of the first.
@@ -118,7 +128,7 @@ def read_process_state(path, process_index):
         raise ValueError(f"--resume_from_checkpoint {path}: {_short(error)}") from error
 
 
-def load_checkpoint(accelerator, path):
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """Bring what was prepared with accelerate, or registered for checkpointing, to where the checkpoint has it.
 
     Raises:
@@ -132,7 +142,7 @@ def load_checkpoint(accelerator, path):
         raise ValueError(f"--resume_from_checkpoint {path}: does not fit this run: {_short(error)}") from error
 
 
-def list_checkpoints(output_dir):
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """[(step, path)] of the checkpoints in a folder, whole or damaged, oldest first."""
     files = (file for name in (MANIFEST, _process_file(0)) for file in Path(output_dir).glob(f"checkpoint-*/{name}"))
     folders = {file.parent for file in files}
@@ -140,7 +150,7 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), Path(output_dir) / match[0]) for match in found if match)
 
 
-def checkpoint_damage(path):
+def checkpoint_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None: its files are those of its manifest, bit for bit."""
     try:
         expected = json.loads((path / MANIFEST).read_text())
@@ -155,17 +165,17 @@ def checkpoint_damage(path):
     return None
 
 
-def _short(error):
+def _short(error: Exception) -> str:
     """The gist of an error that may go on for pages."""
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def _checksums(folder):
+def _checksums(folder: Path) -> dict[str, int]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     return {str(file.relative_to(folder)): _crc32(file) for file in files}
 
 
-def _crc32(file):
+def _crc32(file: Path) -> int:
     checksum = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -173,5 +183,5 @@ def _crc32(file):
     return checksum
 
 
-def _process_file(process_index):
+def _process_file(process_index: int) -> str:
     return f"process_state_{process_index}.pt"

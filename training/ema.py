@@ -1,5 +1,8 @@
 """The average of the weights, which is what is sampled from and saved."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -16,17 +19,17 @@ class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, whose state is that of whole tensors even where the weights are sharded (FSDP2), so that
     `accelerator.register_for_checkpointing` saves it once and any number of processes can take it up."""
 
-    def step(self, parameters):
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """As `EMAModel`'s, in one pass over the weights instead of two. All are trained, and of the average's type."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         get_ema_multi_avg_fn(self.cur_decay_value)(self.shadow_params, list(parameters), None)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As `EMAModel`'s. With sharded weights a collective: all processes must call it."""
         return {**super().state_dict(), "shadow_params": [full_tensor(tensor) for tensor in self.shadow_params]}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `EMAModel`'s; the average stays on the devices, and in the shards, where it is."""
         placed = self.shadow_params
         super().load_state_dict(state_dict)

@@ -108,7 +108,8 @@ def check_same_network(options: TrainingOptions, start: Start) -> None:
         )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
+    """A tuple of a config as the list that it is in JSON."""
     return list(value) if isinstance(value, tuple) else value
 
 

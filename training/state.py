@@ -160,7 +160,9 @@ def build_state(
     )
 
 
-def override_settings(optimizer, lr_scheduler, settings: dict) -> None:
+def override_settings(
+    optimizer: AcceleratedOptimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler, settings: dict[str, Any]
+) -> None:
     """Let flags override what a checkpoint has brought of the optimiser's settings, and keep its state."""
     for group in optimizer.param_groups:
         group.update(settings, initial_lr=settings["lr"])
