@@ -85,6 +85,14 @@ def read_yaml_mapping(file: Path) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in node.value}
 
 
+def read_yaml_value(text: str) -> yaml.Node:
+    """A value as a recipe would have it behind a key. Raises ValueError."""
+    try:
+        return RecipeLoader(text).get_single_node() or yaml.ScalarNode(NULL, "")
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a value as YAML has them") from error
+
+
 def plain_value(node: yaml.Node) -> Any:
     """A node of a mapping, whose values no flag describes, by the look of them."""
     if isinstance(node, yaml.MappingNode):

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,19 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from recipe_yaml import NULL, RecipeDumper, line_number, parse_float, plain_value, read_yaml_mapping
+from recipe_yaml import (
+    NULL,
+    RecipeDumper,
+    line_number,
+    parse_float,
+    plain_value,
+    read_yaml_mapping,
+    read_yaml_value,
+)
 
 Options = TypeVar("Options")
+
+BLOCKS = ("train", "generate", "evaluate")  # of a recipe, each for the script of that kind
 
 
 class JsonDict(dict):
@@ -59,6 +70,9 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_options(options_class: type[Options], argv: Sequence[str] | None = None) -> Options:
     """Fill `options_class` from `--config recipe.yaml` and flags; flags win, and mappings are merged key by key.
 
+    A recipe may have a block for each script: that of `options_class._recipe_block` is taken. Beside flags there may be
+    assignments of single keys, `unet.dropout=0.2`, values as in a recipe.
+
     A string that starts with ~ or ~user, a home folder, is expanded, whichever way it came. The recipe's files are
     printed to stderr, by the main process. Exits with status 2 and one line on stderr that names the flag, or the
     recipe's line, for anything that is not allowed.
@@ -69,13 +83,17 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
     try:
         files = recipe_files(config_flag(argv))
-        recipe = load_recipes(files, flags)
+        recipe = load_recipes(files, flags, getattr(options_class, "_recipe_block", None))
         parser.set_defaults(**recipe)
-        values = vars(parser.parse_args(argv))
+        namespace, others = parser.parse_known_args(argv)
+        values = vars(namespace)
         for name, value in recipe.items():
             if isinstance(value, JsonDict):
                 values[name] = JsonDict({**value, **values[name]})
-        options = options_class(**{name: expand_home(value) for name, value in values.items()})
+        for name, value in (read_assignment(text, flags) for text in others):
+            values[name] = JsonDict(merged(values[name], value)) if isinstance(value, JsonDict) else value
+        given = {name: value for name, value in values.items() if value is not None}  # null: the option's default
+        options = options_class(**{name: expand_home(value) for name, value in given.items()})
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     if files and is_main_process():
@@ -151,8 +169,12 @@ def recipe_files(path: str | None) -> list[Path]:
 # What is in them
 
 
-def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, Any]:
+def load_recipes(files: Sequence[Path], flags: dict[str, Action], block: str | None = None) -> dict[str, Any]:
     """The values of recipes, typed by the `flags` of their options; a later file wins, mappings are merged.
+
+    Args:
+        files: the last is the recipe itself, the others are those that it inherits.
+        block: of a file that has one for each script, the one to take.
 
     Raises:
         ValueError: a file that cannot be read or is no mapping, an option that does not exist, or a value that it
@@ -160,7 +182,7 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, A
     """
     recipe = {}
     for file in files:
-        for name, node in read_yaml_mapping(file).items():
+        for name, node in read_block(file, block, is_needed=file == files[-1]).items():
             where = f"{file}, line {line_number(node.start_mark)}"
             if name not in flags or name == "config":
                 close = difflib.get_close_matches(name, flags, 1)
@@ -174,6 +196,60 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action]) -> dict[str, A
                 value = JsonDict({**recipe[name], **value})
             recipe[name] = value
     return {name: value for name, value in recipe.items() if value is not None}  # null: the option's default
+
+
+def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml.Node]:
+    """The options in a recipe: all of a flat one; of one that has blocks, those of this block.
+
+    Raises:
+        ValueError: it `is_needed` and the recipe has others only, or there are options outside of the blocks.
+    """
+    mapping = read_yaml_mapping(file)
+    blocks = [name for name in mapping if name in BLOCKS]
+    if block is None or not blocks:
+        return mapping
+    for name in mapping.keys() - {*blocks}:
+        line = line_number(mapping[name].start_mark)
+        raise ValueError(f"{file}, line {line}: {name!r} stands outside of the blocks ({', '.join(blocks)})")
+    if block not in blocks:
+        if is_needed:
+            raise ValueError(f"{file} has no block {block!r}, but {', '.join(blocks)}")
+        return {}
+    node = mapping[block]
+    if not isinstance(node, yaml.MappingNode):
+        line = line_number(node.start_mark)
+        raise ValueError(f"{file}, line {line}: {block} must be a mapping of option names to values")
+    return {key.value: value for key, value in node.value}
+
+
+def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
+    """(option, value) of "max_train_steps=100", or of "unet.dropout=0.2": then a mapping of that key alone.
+
+    Raises:
+        ValueError: it is none, or not of an option that there is, or a value that the option does not take.
+    """
+    match = re.fullmatch(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", text, re.DOTALL)
+    if not match or match[1] not in flags or match[1] == "config":
+        raise ValueError(f"unrecognized arguments: {text}")
+    name, keys = match[1], match[2].split(".")[1:]
+    try:
+        node = read_yaml_value(match[3])
+        if not keys:
+            return name, option_value(node, flags[name])
+        if flags[name].type is not JsonDict:
+            raise ValueError("it has no keys")
+        value = plain_value(node)
+        for key in reversed(keys):
+            value = {key: value}
+        return name, JsonDict(value)
+    except (ValueError, ArgumentTypeError) as error:
+        raise ValueError(f"{text}: {error}") from error
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `old`, also within mappings that both have."""
+    both = {key for key in old.keys() & new.keys() if isinstance(old[key], dict) and isinstance(new[key], dict)}
+    return {**old, **new, **{key: merged(old[key], new[key]) for key in both}}
 
 
 def option_value(node: yaml.Node, flag: Action) -> Any:

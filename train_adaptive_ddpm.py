@@ -150,8 +150,9 @@ def command_line(argv: list[str]) -> TrainingOptions:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name", "--train_data_dir", default="digits")
-    named, _ = parser.parse_known_args(argv)
-    if named.config is None and named.dataset_name == "digits" and not {"-h", "--help"} & set(argv):
+    named, others = parser.parse_known_args(argv)
+    has_data = named.dataset_name != "digits" or any(word.startswith("dataset_name=") for word in others)
+    if named.config is None and not has_data and not {"-h", "--help"} & set(argv):
         argv = ["--config", str(Path(__file__).parent / "configs" / "digits.yaml"), *argv]
     return parse_options(TrainingOptions, argv)
 

@@ -87,6 +87,8 @@ class ClassOptions:
 class GenerationOptions(OutputOptions, SamplingOptions, ClassOptions):
     """All of a run's."""
 
+    _recipe_block = "generate"
+
     def __post_init__(self):
         for name in ("pipeline", "output_dir"):
             if getattr(self, name) is None:

@@ -98,6 +98,8 @@ class MetricOptions:
 class EvaluationOptions(ComparisonOptions, ImageOptions, FeatureOptions, MetricOptions):
     """All of a run's."""
 
+    _recipe_block = "evaluate"
+
     def __post_init__(self):
         for name in ("input1", "input2", "output_dir"):
             if getattr(self, name) is None:

@@ -274,6 +274,8 @@ class TrainingOptions(
 ):
     """All of a run's, named as in diffusers' train_unconditional.py where that has them."""
 
+    _recipe_block = "train"
+
     def __post_init__(self):
         check_ranges(self, RANGES)
         self.ddpm_num_inference_steps = self.ddpm_num_inference_steps or self.ddpm_num_steps

@@ -1,0 +1,151 @@
+"""A recipe with a block for each script, and assignments of single keys beside flags."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from generation.options import GenerationOptions
+from recipes import JsonDict, parse_options
+from scoring.options import EvaluationOptions
+from train_adaptive_ddpm import command_line
+
+RECIPES = [path for path in sorted((REPOSITORY / "configs").rglob("*.yaml")) if path.stem != "base"]
+
+
+@dataclass
+class Options:
+    """Of a script that takes the block `train`."""
+
+    _recipe_block = "train"
+
+    config: str | None = None
+    output_dir: str = "out"
+    seed: int = 1
+    steps: int | None = 7
+    use_ema: bool = True
+    seeds: list[int] = field(default_factory=lambda: [0])
+    unet: JsonDict = field(default_factory=JsonDict)
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    return str(path)
+
+
+def refusal(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_options(Options, arguments)
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# Blocks
+
+
+def test_a_script_takes_its_own_block(tmp_path):
+    path = write(tmp_path / "r.yaml", "train:\n  seed: 3\n  unet: {dropout: 0.1}\ngenerate:\n  nonsense: 1\n")
+    options = parse_options(Options, ["--config", path, "--output_dir", "there"])
+    assert (options.seed, options.unet, options.output_dir) == (3, {"dropout": 0.1}, "there")
+
+
+def test_what_it_inherits_may_have_blocks_too_or_none(tmp_path):
+    write(tmp_path / "base.yaml", "train:\n  seed: 3\n  steps: 5\n")
+    path = write(tmp_path / "r.yaml", "train:\n  steps: 6\ngenerate: {}\n")
+    assert parse_options(Options, ["--config", path]).seed == 3
+    assert parse_options(Options, ["--config", path]).steps == 6
+    flat = write(tmp_path / "flat.yaml", "steps: 9\n")
+    assert (parse_options(Options, ["--config", flat]).seed, parse_options(Options, ["--config", flat]).steps) == (3, 9)
+    write(tmp_path / "base.yaml", "generate:\n  num_images: 3\n")
+    assert parse_options(Options, ["--config", flat]).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("generate:\n  num_images: 3\n", "has no block 'train', but generate"),
+        ("train:\n  seed: 3\nsteps: 4\n", "line 3: 'steps' stands outside of the blocks (train)"),
+        ("train: 3\n", "line 1: train must be a mapping of option names to values"),
+        ("train:\n  sed: 3\n", "line 2: there is no option 'sed'; did you mean 'seed'?"),
+        ("train:\n  seed: x\n", "line 2: seed: invalid int value: 'x'"),
+        ("train:\n  seed: 3\n  seed: 4\n", "line 3 is not valid YAML: 'seed' is there already, on line 2"),
+    ],
+)
+def test_a_bad_block_is_refused_by_file_and_line(content, message, tmp_path, capsys):
+    path = write(tmp_path / "r.yaml", content)
+    line = refusal(["--config", path], capsys)
+    assert message in line
+    assert path in line
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_ours_is_the_whole_protocol(path):
+    """Train, generate, score: each takes up what the one before has left."""
+    blocks = yaml.safe_load(path.read_text())
+    trained = command_line(["--config", str(path)])
+    generated = parse_options(GenerationOptions, ["--config", str(path)])
+    scored = parse_options(EvaluationOptions, ["--config", str(path)])
+    assert trained.dataset_name == blocks["train"]["dataset_name"] == scored.input2
+    assert trained.adam_beta1 == 0.9  # of base.yaml
+    assert trained.output_dir == generated.pipeline
+    assert generated.output_dir == scored.input1
+    assert generated.num_images > 2048  # the features of Inception
+
+
+# Assignments
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["seed=3"], {"seed": 3}),
+        (["unet.dropout=0.2", "unet.layers_per_block=1"], {"unet": {"a": 1, "dropout": 0.2, "layers_per_block": 1}}),
+        (["unet.a=[1, x, null]"], {"unet": {"a": [1, "x", None]}}),
+        (["unet.b.c=1", "unet.b.d=2"], {"unet": {"a": 1, "b": {"c": 1, "d": 2}}}),
+        (["unet={b: 2}"], {"unet": {"a": 1, "b": 2}}),
+        (["output_dir=007", "seeds=[4, 5]", "use_ema=no"], {"output_dir": "007", "seeds": [4, 5], "use_ema": False}),
+        (["steps=null"], {"steps": 7}),
+        (["output_dir=a=b.c=d"], {"output_dir": "a=b.c=d"}),
+        (["output_dir="], {"output_dir": "out"}),
+    ],
+)
+def test_single_keys_are_assigned(assignments, expected):
+    options = parse_options(Options, ["--unet", '{"a": 1}', *assignments])
+    for name, value in expected.items():
+        assert getattr(options, name) == value
+        assert type(getattr(options, name)) in (type(value), JsonDict)
+
+
+def test_a_flag_keeps_a_value_that_looks_like_an_assignment():
+    assert parse_options(Options, ["--output_dir", "unet.dropout=0.2"]).output_dir == "unet.dropout=0.2"
+
+
+def test_assignments_go_over_flags_and_flags_over_the_recipe(tmp_path):
+    path = write(tmp_path / "r.yaml", "train:\n  unet: {a: 1, b: 1, c: 1}\n")
+    options = parse_options(Options, ["unet.c=3", "--config", path, "--unet", '{"b": 2, "c": 2}'])
+    assert options.unet == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("unet.dropout", "unrecognized arguments: unet.dropout"),
+        ("dropout=0.1", "unrecognized arguments: dropout=0.1"),
+        ("config=r.yaml", "unrecognized arguments: config=r.yaml"),
+        ("--nothing", "unrecognized arguments: --nothing"),
+        ("seed.x=1", "seed.x=1: it has no keys"),
+        ("seed=x", "seed=x: invalid int value: 'x'"),
+        ("unet.a=[1", "unet.a=[1"),
+        ("unet.a=.nan", "unet.a=.nan: expected finite numbers"),
+        ("unet=3", "unet=3: "),
+    ],
+)
+def test_what_is_no_assignment_is_refused(text, message, capsys):
+    assert message in refusal([text], capsys)
+
+
+def test_data_by_an_assignment_are_not_the_digits_recipe():
+    assert command_line(["dataset_name=somewhere"]).train_batch_size == 16
+    assert command_line(["train_batch_size=3"]).max_train_seconds == 120
