@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from pipelines import denoising_steps
+from pipelines.checks import check_alphas_cumprod
 
 from .options import ModelOptions
 
@@ -32,7 +33,7 @@ def build_noise_scheduler(options: ModelOptions, planned_num_steps: Iterable[int
     given = f"--ddpm_beta_schedule {options.ddpm_beta_schedule} --noise_scheduler {json.dumps(options.noise_scheduler)}"
     try:
         noise_scheduler = DDPMScheduler(**{**settings, **options.noise_scheduler})
-        check_alphas_cumprod(noise_scheduler)
+        check_trainable(noise_scheduler)
         for num_inference_steps in {*planned_num_steps, options.ddpm_num_steps}:  # the last by generate.py
             denoising_steps(noise_scheduler, num_inference_steps)
     except Exception as error:  # diffusers does not check types
@@ -40,11 +41,10 @@ def build_noise_scheduler(options: ModelOptions, planned_num_steps: Iterable[int
     return noise_scheduler
 
 
-def check_alphas_cumprod(noise_scheduler: DDPMScheduler) -> None:
-    """Refuse a schedule of noise that is not one. Raises ValueError."""
+def check_trainable(noise_scheduler: DDPMScheduler) -> None:
+    """Refuse a schedule of noise that is not one, or that ends without any signal. Raises ValueError."""
+    check_alphas_cumprod(noise_scheduler)
     alphas_cumprod, steps = noise_scheduler.alphas_cumprod, noise_scheduler.config.num_train_timesteps
-    if len(alphas_cumprod) != steps:
-        raise ValueError(f"trained_betas has {len(alphas_cumprod)} values, and --ddpm_num_steps is {steps}")
     if not ((noise_scheduler.betas > 0).all() and (noise_scheduler.betas <= 1).all()):
         raise ValueError("betas must be in (0, 1]")
     if alphas_cumprod[-1] == 0:

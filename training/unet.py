@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
+from pipelines.checks import check_forward
+
 from .options import ModelOptions
 
 
@@ -25,7 +27,7 @@ def build_unet(options: ModelOptions, channels: int, resolution: int, num_classe
     with _named_unet_errors(options):
         levels = len(unet_on_meta(config).config.block_out_channels)
         if resolution % 2 ** (levels - 1) == 0:
-            try_forward(unet_on_meta(config), channels, resolution, num_classes)
+            check_forward(unet_on_meta(config), (channels, resolution, resolution))
             return UNet2DModel(**config)
     raise ValueError(
         f"--resolution {resolution}: a U-Net of {levels} levels needs a multiple of {2 ** (levels - 1)}; choose "
@@ -37,20 +39,6 @@ def unet_on_meta(config: dict[str, Any]) -> UNet2DModel:
     """A `UNet2DModel` whose weights have shapes alone: it takes no memory, and moves no random state."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return UNet2DModel(**config)
-
-
-def try_forward(unet: UNet2DModel, channels: int, resolution: int, num_classes: int | None = None) -> None:
-    """Call the network on tensors that have a shape alone.
-
-    Raises:
-        Exception: whatever a setting leads to that only shows when the network is called.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        images, timesteps = torch.empty(2, channels, resolution, resolution), torch.zeros(2, dtype=torch.long)
-        conditions = {} if num_classes is None else {"class_labels": torch.zeros(2, dtype=torch.long)}
-        output = unet(images, timesteps, return_dict=False, **conditions)[0]
-    if output.shape != images.shape:
-        raise ValueError(f"images of {list(images.shape[1:])} come out as {list(output.shape[1:])}")
 
 
 @contextmanager
