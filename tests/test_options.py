@@ -87,7 +87,7 @@ BAD_STARTS = [
     (["--unet", '{"layers_per_block": "1"}'], ["--unet", '"layers_per_block": "1"']),
     (["--unet", '{"norm_eps": "small"}'], ["--unet", '"norm_eps": "small"']),
     (["--unet", '{"act_fn": "magic"}'], ["--unet", "magic"]),
-    (["--unet", '{"num_class_embeds": 10}'], ["--unet", "class_labels"]),
+    (["--unet", '{"num_class_embeds": 10}'], ["--unet", "needs --class_conditional"]),
     (["--unet", '{"in_channels": 7}'], ["--unet in_channels 7", "images"]),
     (["--noise_scheduler", '{"no_such_setting": 1}'], ["--noise_scheduler", "no_such_setting"]),
     (["--noise_scheduler", '{"rescale_betas_zero_snr": true}'], ["--noise_scheduler", "zero terminal SNR"]),

@@ -67,7 +67,11 @@ def unet_config(
     for name in by_data.keys() & options.unet.keys():
         if options.unet[name] != by_data[name]:
             raise ValueError(f"--unet {name} {options.unet[name]}: the images decide that, which have {by_data[name]}")
-    return config | options.unet | by_data
+    config = config | options.unet | by_data
+    if num_classes is None and config.get("num_class_embeds"):
+        flag = "--unet" if "num_class_embeds" in options.unet else "--model_config_name_or_path"
+        raise ValueError(f"{flag} num_class_embeds {config['num_class_embeds']}: needs --class_conditional")
+    return config
 
 
 def load_unet_config(name_or_path: str) -> dict[str, Any]:
