@@ -58,8 +58,8 @@ class SwappedUNet(torch.nn.Module):
         self.weak, self.strong, self.low, self.high = weak, strong, low, high
         self.config, self.dtype, self.device = weak.config, weak.dtype, weak.device
 
-    def forward(self, x, t):
-        return (self.strong if self.low <= t < self.high else self.weak)(x, t)
+    def forward(self, x, t, class_labels=None):
+        return (self.strong if self.low <= t < self.high else self.weak)(x, t, class_labels)
 
 
 def main(options):

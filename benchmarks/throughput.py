@@ -39,7 +39,7 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generation.options import DTYPES
 from images import open_images
-from pipelines import UnconditionalPipeline, choose_kernels, to_pil
+from pipelines import choose_kernels, sample_images, to_pil
 from recipes import one_line_errors, parse_options
 from samplers import METHODS, make_timestep_sampler
 from train_adaptive_ddpm import train_step
@@ -244,12 +244,12 @@ def our_training_and_sampling(accelerator, dataset, options):
 
     sampling_unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
     choose_kernels(sampling_unet, device, accelerator.mixed_precision, options.compile, mode="reduce-overhead")
-    pipeline = UnconditionalPipeline(sampling_unet, noise_scheduler)
+    pipeline = DDPMPipeline(sampling_unet, noise_scheduler)
     pipeline.set_progress_bar_config(disable=True)
     indices, steps = range(options.sampling_batch_size), options.sampling_steps
     return (
         lambda: train_step(state, denoiser, step_random, *next(batches)),
-        lambda: pipeline.sample(indices, num_inference_steps=steps),
+        lambda: sample_images(pipeline, indices, num_inference_steps=steps),
     )
 
 

@@ -7,12 +7,10 @@ from pipelines.kernels import choose_kernels
 from pipelines.loading import check_variant, load_configs, load_pipeline
 from pipelines.pictures import make_grid_image, to_pil
 from pipelines.sampling import EVERYWHERE, sample_images
-from pipelines.unconditional import UnconditionalPipeline
 
 __all__ = [
     "EVERYWHERE",
     "ClassConditionalPipeline",
-    "UnconditionalPipeline",
     "check_variant",
     "choose_kernels",
     "denoising_steps",

@@ -192,7 +192,7 @@ def test_recipes_are_understood(document, tmp_path):
     flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(TrainingOptions)}
     for i, block in enumerate(blocks(document, "yaml")):
         (tmp_path / f"{i}.yaml").write_text(block)
-        assert load_recipes([tmp_path / f"{i}.yaml"], flags)
+        assert load_recipes([tmp_path / f"{i}.yaml"], flags, "train")
 
 
 @every_guide

@@ -165,9 +165,9 @@ def test_a_bad_first_batch_of_a_stream_leaves_the_earlier_run(train, pictures):
 
 def signal_in_preview(script, number):
     """Make the previews long, and send this process a signal in the first one."""
-    from pipelines import unconditional
+    from pipelines import sampling
 
-    original, calls = unconditional.denoise_step, iter(range(1, 10**6))
+    original, calls = sampling.denoise_step, iter(range(1, 10**6))
 
     def slow(*args):
         time.sleep(0.2)
@@ -175,7 +175,7 @@ def signal_in_preview(script, number):
             os.kill(os.getpid(), number)
         return original(*args)
 
-    unconditional.denoise_step = slow
+    sampling.denoise_step = slow
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

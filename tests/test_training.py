@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from images import open_images
-from pipelines import UnconditionalPipeline
+from pipelines import sample_images
 from samplers import METHODS
 from scoring.feature_extractors import load_extractor
 from training.denoiser import Denoiser
@@ -42,10 +42,10 @@ def noise_from_image(script):
 
     original = Denoiser.epsilon_errors
 
-    def with_own_noise(self, images, noise, timesteps):
+    def with_own_noise(self, images, noise, timesteps, labels):
         seeds = ((images + 1) * 127.5).round().long().flatten(1) @ torch.arange(1, images[0].numel() + 1)
         noise = [torch.randn(images[0].shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-        return original(self, images, torch.stack(noise), timesteps)
+        return original(self, images, torch.stack(noise), timesteps, labels)
 
     Denoiser.epsilon_errors = with_own_noise
 
@@ -186,10 +186,10 @@ def record_draws(path, script):
     """Keep the timesteps and the noise of every batch that goes through the network."""
     original, batches = Denoiser.epsilon_errors, []
 
-    def recording(self, images, noise, timesteps):
+    def recording(self, images, noise, timesteps, labels):
         batches.append((timesteps, noise))
         torch.save(batches, path)
-        return original(self, images, noise, timesteps)
+        return original(self, images, noise, timesteps, labels)
 
     Denoiser.epsilon_errors = recording
 
@@ -307,8 +307,8 @@ def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, re
     for step, score in scores(run.folder).items():
         assert scores(two)[step] == pytest.approx(score, rel=1e-3)
 
-    pipeline = UnconditionalPipeline.from_pretrained(run.folder)
-    images = pipeline.sample(range(330), seed=0, num_inference_steps=3)
+    pipeline = DDPMPipeline.from_pretrained(run.folder)
+    images = sample_images(pipeline, range(330), seed=0, num_inference_steps=3)
     reference = open_images(few_digits).decode_all(show_progress=False)
     assert torch_fidelity_distance(images, reference, regnet) == pytest.approx(scores(run.folder)[24], rel=1e-3)
     seconds = json.loads((run.folder / "training_summary.json").read_text())["seconds"]

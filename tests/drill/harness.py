@@ -27,7 +27,7 @@ from conftest import ADAPTING, SHARED, TINY, TINY_UNET, Run, processes
 from safetensors.torch import load_file
 from test_resuming import assert_identical
 
-from pipelines import UnconditionalPipeline
+import generate
 from training.checkpoints import list_checkpoints
 from training.denoiser import Denoiser
 
@@ -217,8 +217,8 @@ def slow_steps(script, seconds):
 
 def slow_sampling(script, seconds):
     """Tamper: let every block of images take longer."""
-    original = UnconditionalPipeline.sample
-    UnconditionalPipeline.sample = lambda *args, **kwargs: (time.sleep(seconds), original(*args, **kwargs))[1]
+    original = generate.sample_images
+    generate.sample_images = lambda *args, **kwargs: (time.sleep(seconds), original(*args, **kwargs))[1]
 
 
 # What a refusal looks like

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import COMPILED_UNET, TINY_UNET, forked
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from pipelines import UnconditionalPipeline, choose_kernels
+from pipelines import choose_kernels, sample_images
 from pipelines.group_norm import FusedGroupNorm, fuse_group_norms
 from pipelines.kernels import FusedUpsample2D
 
@@ -237,9 +237,9 @@ def test_compiled_sampling_makes_the_same_images(device):
     for compiled in (False, True):
         model = unet(COMPILED_UNET).to(device)
         choose_kernels(model, torch.device(device), "no", compiled, mode="reduce-overhead")
-        pipeline = UnconditionalPipeline(model, DDPMScheduler())
+        pipeline = DDPMPipeline(model, DDPMScheduler())
         pipeline.set_progress_bar_config(disable=True)
-        batches = [pipeline.sample(range(i, i + 4), num_inference_steps=5) for i in (0, 4, 8)]
+        batches = [sample_images(pipeline, range(i, i + 4), num_inference_steps=5) for i in (0, 4, 8)]
         images.append(torch.cat(batches).cpu().float())
     eager, compiled = images
     assert eager.std() > 30

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from tiny_networks import tiny_conditional_pipeline, tiny_pipeline
 
-from pipelines import UnconditionalPipeline, sample_images
+from pipelines import sample_images
 from pipelines.denoising import denoise_step, denoising_steps
 from pipelines.noise import image_generators, noise_maps
 from pipelines.sampling import guidance_scales
@@ -132,8 +132,8 @@ def test_the_noise_of_an_image_is_the_same_for_every_class():
 
 def test_a_network_with_classes_needs_no_names_of_them(pipeline):
     """During training there may be none."""
-    ours = quiet(UnconditionalPipeline(pipeline.unet, pipeline.scheduler))
-    assert torch.equal(ours.sample(range(4), num_inference_steps=3), sample_images(pipeline, range(4), 0, 3))
+    ours = quiet(DDPMPipeline(pipeline.unet, pipeline.scheduler))
+    assert torch.equal(sample_images(ours, range(4), num_inference_steps=3), sample_images(pipeline, range(4), 0, 3))
 
 
 @pytest.mark.parametrize(

@@ -240,9 +240,9 @@ def test_kim_leaves_the_global_generator_alone_and_never_waits(monkeypatch):
     with no_host_sync(monkeypatch):
         for _ in range(3):
             drawn = sampler.sample(500, images=images)
-            sampler.before_update(images, lambda images, t, noise: losses[t] * noise.square().mean((1, 2, 3)))
+            sampler.before_update(images, lambda images, noise, t: losses[t] * noise.square().mean((1, 2, 3)))
             sampler.update(drawn[0], losses[:500])
-            sampler.after_update(lambda images, t, noise: losses[t] * noise.square().mean((1, 2, 3)) / 2)
+            sampler.after_update(lambda images, noise, t: losses[t] * noise.square().mean((1, 2, 3)) / 2)
     assert torch.equal(torch.rand(3), expected)
 
 
