@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from diffusers import DDPMPipeline
 from transformers import HfArgumentParser
 
 from comparison.options import ComparisonOptions
@@ -29,6 +28,7 @@ from comparison.plots import plot_densities, plot_scores
 from comparison.results import RESULTS_FILE, joined_results, open_results
 from comparison.summary import summarise, table
 from images import check_output_outside_data
+from pipelines import load_pipeline
 from progress import progress_bar
 from recipes import expand_home, one_line_errors
 from train_adaptive_ddpm import command_line
@@ -41,6 +41,16 @@ from training.output import SUMMARY_FILE
 from training.plan import plan_run
 from training.saving import read_json, replace_file, write_json
 
+# Options of training that a comparison decides
+OF_EACH_RUN = (
+    "seed",
+    "method",
+    "output_dir",
+    "max_train_seconds",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "dry_run",
+)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TRAINING_SCRIPT = Path(__file__).parent / "train_adaptive_ddpm.py"
 
@@ -67,10 +77,14 @@ def check_training_flags(options: ComparisonOptions, training_flags: list[str]) 
     Raises:
         ValueError: naming the flag.
     """
-    names = {flag.partition("=")[0].replace("-", "_") for flag in training_flags}
-    for name in ("seed", "method", "overwrite_output_dir", "resume_from_checkpoint", "dry_run"):
-        if f"__{name}" in names:
-            raise ValueError(f"--{name}: is not for a comparison, whose runs have --methods and --seeds, and go on")
+    # "--seed", "--seed=1" and the assignment "seed=1" alike
+    words = [flag.lstrip("-").partition("=")[0] for flag in training_flags if flag.startswith("--") or "=" in flag]
+    names = {word.replace("-", "_") for word in words}
+    for name in OF_EACH_RUN:
+        if name in names:
+            raise ValueError(
+                f"--{name}: is not for a comparison, which gives each run its own, by --methods and --seeds"
+            )
     for method, settings in options.sampler_options.items():
         if not isinstance(settings, dict):
             raise ValueError(f"--sampler_options {method} {settings!r}: must be a JSON object of settings")
@@ -144,7 +158,7 @@ def train_and_score(
     summary = read_json(run_folder / SUMMARY_FILE)
     if summary["stopped_by"] == "signal":
         raise OSError(f"{run_folder} was stopped by a signal, before {seconds:,.0f} s; the same command goes on")
-    pipeline = DDPMPipeline.from_pretrained(run_folder)
+    pipeline = load_pipeline(str(run_folder))
     run["scores"].append(
         {
             "budget": seconds,

@@ -30,6 +30,7 @@ from recipe_yaml import (
 
 Options = TypeVar("Options")
 
+ASSIGNMENT = re.compile(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 BLOCKS = ("train", "generate", "evaluate")  # of a recipe, each for the script of that kind
 
 
@@ -85,12 +86,13 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
         files = recipe_files(config_flag(argv))
         recipe = load_recipes(files, flags, getattr(options_class, "_recipe_block", None))
         parser.set_defaults(**recipe)
+        argv, assignments = split_assignments(argv, flags)
         namespace, others = parser.parse_known_args(argv)
         values = vars(namespace)
         for name, value in recipe.items():
             if isinstance(value, JsonDict):
                 values[name] = JsonDict({**value, **values[name]})
-        for name, value in (read_assignment(text, flags) for text in others):
+        for name, value in (read_assignment(text, flags) for text in [*others, *assignments]):
             values[name] = JsonDict(merged(values[name], value)) if isinstance(value, JsonDict) else value
         given = {name: value for name, value in values.items() if value is not None}  # null: the option's default
         options = options_class(**{name: expand_home(value) for name, value in given.items()})
@@ -208,7 +210,7 @@ def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml
     blocks = [name for name in mapping if name in BLOCKS]
     if block is None or not blocks:
         return mapping
-    for name in mapping.keys() - {*blocks}:
+    for name in (name for name in mapping if name not in blocks):
         line = line_number(mapping[name].start_mark)
         raise ValueError(f"{file}, line {line}: {name!r} stands outside of the blocks ({', '.join(blocks)})")
     if block not in blocks:
@@ -216,10 +218,26 @@ def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml
             raise ValueError(f"{file} has no block {block!r}, but {', '.join(blocks)}")
         return {}
     node = mapping[block]
+    if node.tag == NULL:
+        return {}
     if not isinstance(node, yaml.MappingNode):
         line = line_number(node.start_mark)
         raise ValueError(f"{file}, line {line}: {block} must be a mapping of option names to values")
     return {key.value: value for key, value in node.value}
+
+
+def split_assignments(argv: list[str], flags: dict[str, Action]) -> tuple[list[str], list[str]]:
+    """(The other words, those of a command line that are assignments).
+
+    A word behind a flag that takes one value is that value, whatever it looks like; argparse would take it for one also
+    behind a switch, or a flag with a list of values."""
+    takes_one = {string for action in flags.values() if action.nargs is None for string in action.option_strings}
+    others, assignments = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        match = ASSIGNMENT.fullmatch(word)
+        is_one = match is not None and match[1] in flags and before not in takes_one
+        (assignments if is_one else others).append(word)
+    return others, assignments
 
 
 def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
@@ -228,7 +246,7 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
     Raises:
         ValueError: it is none, or not of an option that there is, or a value that the option does not take.
     """
-    match = re.fullmatch(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", text, re.DOTALL)
+    match = ASSIGNMENT.fullmatch(text)
     if not match or match[1] not in flags or match[1] == "config":
         raise ValueError(f"unrecognized arguments: {text}")
     name, keys = match[1], match[2].split(".")[1:]
@@ -303,7 +321,7 @@ def changed_options(options: Any, path: Path, leave_out: Sequence[str] = ()) -> 
         return {}
     saved, now = read_yaml_mapping(path), plain_values(options, leave_out)
     saved = {name: plain_value(node) for name, node in saved.items()}
-    return {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
+    return {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
 
 
 def plain_values(options: Any, leave_out: Sequence[str]) -> dict[str, Any]:

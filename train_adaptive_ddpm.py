@@ -17,7 +17,7 @@ from images import normalize
 from recipes import one_line_errors, parse_options
 from samplers import fold_seed, mean_squares
 from training.clock import PhaseClock
-from training.data import open_batches, read_data
+from training.data import identify, open_batches, read_data
 from training.denoiser import Denoiser
 from training.dry_run import dry_run
 from training.evaluation import build_evaluation
@@ -58,7 +58,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     dataset, validation_images = read_data(options, accelerator, start)
     noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
     classes = dataset.classes if options.class_conditional else None
-    num_classes = len(classes) if classes else None
+    num_classes = None if classes is None else len(classes)
     unet = build_unet(options, dataset.channels, dataset.resolution, num_classes)
     check_disk_space(output.folder, unet)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, accelerator.device)
@@ -67,7 +67,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     # All that training changes
     images_per_step = options.images_per_process * accelerator.num_processes
     max_steps = options.total_steps(batches.num_images / images_per_step)
-    state = build_state(options, accelerator, unet, sampler, dataset, clock, max_steps)
+    state = build_state(options, accelerator, unet, sampler, identify(options, dataset), clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
     state.load(start)
     evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
@@ -151,8 +151,9 @@ def command_line(argv: list[str]) -> TrainingOptions:
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name", "--train_data_dir", default="digits")
     named, others = parser.parse_known_args(argv)
-    has_data = named.dataset_name != "digits" or any(word.startswith("dataset_name=") for word in others)
-    if named.config is None and not has_data and not {"-h", "--help"} & set(argv):
+    assigned = [word for word in others if word.startswith("dataset_name=") and word != "dataset_name=digits"]
+    is_digits = named.dataset_name == "digits" and not assigned
+    if named.config is None and is_digits and not {"-h", "--help"} & set(argv):
         argv = ["--config", str(Path(__file__).parent / "configs" / "digits.yaml"), *argv]
     return parse_options(TrainingOptions, argv)
 

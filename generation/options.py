@@ -15,6 +15,8 @@ from transformers.hf_argparser import HfArg
 from generation.labels import BALANCED, ImageLabels, parse_labels
 from images.records import GRID
 from pipelines import check_variant, denoising_steps, image_shape, load_configs
+from pipelines.denoising import Step
+from pipelines.sampling import guidance_scales
 from recipes import check_ranges, parse_options
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
@@ -143,8 +145,17 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[Gene
         options.num_inference_steps = trained if options.sampler == "ddpm" else min(100, trained)
     check_ranges(options, {"num_inference_steps": f"[1, {trained}]"})
     scheduler = SCHEDULERS[options.sampler].from_config(scheduler.config)
-    denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
+    steps = denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
+    if options.guidance_interval:
+        check_interval(scheduler, steps, options.guidance_interval)
     return options, choose_classes(options, id2label)
+
+
+def check_interval(scheduler: DDPMScheduler | DDIMScheduler, steps: list[Step], interval: list[float]) -> None:
+    """Refuse an interval that no step is in: guidance would be asked for, and have no effect. Raises ValueError."""
+    if set(guidance_scales(scheduler, steps, scale=2.0, interval=(interval[0], interval[1]))) == {1.0}:
+        low, high = interval
+        raise ValueError(f"--guidance_interval {low} {high}: none of the {len(steps)} steps is at such a noise level")
 
 
 def choose_classes(options: ClassOptions, id2label: dict[int, str] | None) -> ImageLabels | None:

@@ -117,25 +117,30 @@ class ImageDataset(torch.utils.data.Dataset):
     def classes(self) -> list[str] | None:
         return self._source.classes
 
-    def labels(self) -> torch.Tensor:
-        """int64 [N] of all its images, as indices into `classes`.
+    def labels(self, classes: list[str] | None = None) -> torch.Tensor:
+        """int64 [N] of all its images, as indices into `classes`: its own, or those of another split.
 
         Raises:
-            ValueError: they have none, or some of them, or a class has no image; naming the flag.
+            ValueError: they have none, or some of them, or one of another class, or there is an empty folder for one;
+                naming the flag.
         """
         source = self._source
         if source.classes is None:
-            several = f"has label columns {source.label_columns}: choose one by --label_column"
-            none = "has no labels: neither a column of them (--label_column names it) nor a folder for each class"
-            raise ValueError(f"--dataset_name {self.name} {several if source.label_columns else none}")
-        if source.empty_classes:
+            raise ValueError(f"--dataset_name {self.name} {source.why_no_labels()}")
+        if classes is None and source.empty_classes:
             empty = source.empty_classes[0]
             raise ValueError(f"--dataset_name {self.name}: no image of class {empty}: there is none in its folder")
         labels = torch.from_numpy(source.read_labels())
         if len(labels) and labels.min() < 0:
             unlabelled = int((labels < 0).nonzero()[0])
             raise ValueError(f"--dataset_name {self.name}: image {unlabelled} has no label")
-        return labels
+        if classes in (None, source.classes):
+            return labels
+        for name in (source.classes[label] for label in labels.unique().tolist()):
+            if name not in classes:
+                raise ValueError(f"--dataset_name {self.name}: the class {name!r} is not one of {', '.join(classes)}")
+        numbers = [classes.index(name) if name in classes else -1 for name in source.classes]
+        return torch.tensor(numbers)[labels]
 
     # A part of it
 
@@ -290,6 +295,7 @@ class ImageDataset(torch.utils.data.Dataset):
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # else the error would be heard after all the rest is decoded
                 raise
+        self._bad.clear()  # an image that could not be read before may be there now
         if bad:
             images = self._without(images, bad)
         self.note_sizes(sizes, is_complete=True)

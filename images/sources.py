@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from .folders import Listing, has_only_archives, list_folder
-from .labels import encode_labels, find_labels, label_columns
+from .labels import encode_labels, find_labels, label_columns, npz_label_problem
 from .metadata import apply_metadata
 from .records import GRID, TRAINING_RECORD, check_finished, images_of, read_record
 from .splits import ImageFiles, files_of_split, find_splits, slice_ranges
@@ -32,6 +32,7 @@ class Source:
         label_column: of `rows`, where the labels are.
         label_columns: all that are labels by their type.
         label_array: int64 [N], of an .npz.
+        label_problem: why an .npz has none, though there is an array for them.
         empty_classes: folders at the level of the classes that hold no image.
         files: how many files were looked at; None if they are not images.
         left_out: {why: how many}.
@@ -46,6 +47,7 @@ class Source:
     label_column: str | None = None
     label_columns: list[str] = field(default_factory=list)
     label_array: np.ndarray | None = None
+    label_problem: str | None = None
     empty_classes: list[str] = field(default_factory=list)
     files: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)
@@ -59,6 +61,14 @@ class Source:
             return replace(self, images=self.images[list(indices)], label_array=labels, left_out=left_out)
         rows = self.rows.select(indices)
         return replace(self, images=rows[self.column], rows=rows, left_out=left_out)
+
+    def why_no_labels(self) -> str:
+        """What to say to who asked for them, behind the name."""
+        if self.label_columns:
+            return f"has label columns {self.label_columns}: choose one by --label_column"
+        if self.label_problem:
+            return f"has no labels: {self.label_problem}"
+        return "has no labels: neither a column of them (--label_column names it) nor a folder for each class"
 
     def read_labels(self) -> np.ndarray | None:
         """int64 [N], indices into `classes`; -1 is none, as in `datasets`. None where there are no labels at all."""
@@ -258,16 +268,12 @@ def _from_npz(request: Request, path: Path) -> Source:
         )
     if request.label_column not in (None, NPZ_LABELS):
         raise ValueError(f"--label_column {request.label_column}: the labels in an .npz are {NPZ_LABELS}")
-    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(
-            f"--dataset_name: {path}: {NPZ_LABELS} must be whole numbers [{len(pixels)}] from 0 on, the labels, not "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
+    problem = None if labels is None else npz_label_problem(labels, len(pixels))
     ranges = slice_ranges(request.name, request.split, {"train": len(pixels)})
     parts = [slice(rows.start, rows.stop) for _, rows in ranges]
     pixels = pixels[parts[0]] if len(parts) == 1 else np.concatenate([pixels[part] for part in parts])
-    if labels is None:
-        return Source(request.name, pixels)
+    if labels is None or problem:
+        return Source(request.name, pixels, label_problem=problem)
     classes = [str(label) for label in range(labels.max() + 1)]
     labels = np.concatenate([labels[part] for part in parts]).astype(np.int64)
     return Source(request.name, pixels, classes=classes, label_array=labels)

@@ -51,6 +51,12 @@ def test_a_script_takes_its_own_block(tmp_path):
     assert (options.seed, options.unet, options.output_dir) == (3, {"dropout": 0.1}, "there")
 
 
+def test_an_empty_block_is_as_an_empty_file(tmp_path):
+    assert parse_options(Options, ["--config", write(tmp_path / "r.yaml", "train:\n")]) == Options(
+        config=str(tmp_path / "r.yaml")
+    )
+
+
 def test_what_it_inherits_may_have_blocks_too_or_none(tmp_path):
     write(tmp_path / "base.yaml", "train:\n  seed: 3\n  steps: 5\n")
     path = write(tmp_path / "r.yaml", "train:\n  steps: 6\ngenerate: {}\n")
@@ -122,6 +128,11 @@ def test_a_flag_keeps_a_value_that_looks_like_an_assignment():
     assert parse_options(Options, ["--output_dir", "unet.dropout=0.2"]).output_dir == "unet.dropout=0.2"
 
 
+def test_behind_a_switch_or_a_list_an_assignment_is_one():
+    options = parse_options(Options, ["--use_ema", "seed=5", "--seeds", "1", "2", "unet.a=3"])
+    assert (options.use_ema, options.seed, options.seeds, options.unet) == (True, 5, [1, 2], {"a": 3})
+
+
 def test_assignments_go_over_flags_and_flags_over_the_recipe(tmp_path):
     path = write(tmp_path / "r.yaml", "train:\n  unet: {a: 1, b: 1, c: 1}\n")
     options = parse_options(Options, ["unet.c=3", "--config", path, "--unet", '{"b": 2, "c": 2}'])
@@ -149,3 +160,4 @@ def test_what_is_no_assignment_is_refused(text, message, capsys):
 def test_data_by_an_assignment_are_not_the_digits_recipe():
     assert command_line(["dataset_name=somewhere"]).train_batch_size == 16
     assert command_line(["train_batch_size=3"]).max_train_seconds == 120
+    assert command_line(["dataset_name=digits"]).max_train_seconds == 120

@@ -1,12 +1,15 @@
 """The images of a run."""
 
+import zlib
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 
 from images import ImageBatches, ImageDataset, open_images, training_batches
 
-from .options import TrainingOptions
-from .resuming import Start, warn_of_changes
+from .options import ClassOptions, TrainingOptions
+from .resuming import Start, check_same_classes, warn_of_changes
 from .validation import divide
 
 
@@ -20,7 +23,9 @@ def read_data(
     accelerator.print(dataset.describe())
     if validation_images is not None:
         accelerator.print(f"validation: {validation_images.describe()}")
-    warn_of_changes(options, dataset, start)
+    identity = identify(options, dataset)
+    check_same_classes(options, identity, start)
+    warn_of_changes(options, dataset.name, identity, start)
     return dataset, validation_images
 
 
@@ -37,16 +42,34 @@ def open_training_data(options: TrainingOptions) -> tuple[ImageDataset, ImageDat
         white_level=options.white_level,
         **reading(options),
     )
-    if options.class_conditional:
-        labels_of(options, dataset)  # what is wrong with them is found out here
+    labels_of(options, dataset)  # what is wrong with them is found out here
 
     def open_split(split: str) -> ImageDataset:
         images = open_images(options.dataset_name, split=split, like=dataset, **reading(options))
-        if options.class_conditional and images.classes != dataset.classes:
-            raise ValueError("its classes are others than those of the images to train on")
+        labels_of(options, images, dataset.classes)
         return images
 
-    return divide(dataset, options.validation_split, open_split)
+    dataset, validation_images = divide(dataset, options.validation_split, open_split)
+    check_classes(options, dataset)
+    return dataset, validation_images
+
+
+def check_classes(options: ClassOptions, dataset: ImageDataset) -> None:
+    """Refuse a class that there is nothing to train on. Raises ValueError."""
+    if options.class_conditional:
+        counts = torch.bincount(dataset.labels(), minlength=len(dataset.classes))
+        if not counts.all():
+            name = dataset.classes[int((counts == 0).nonzero()[0])]
+            raise ValueError(f"--class_conditional: there is no image of class {name!r} to train on")
+
+
+def identify(options: ClassOptions, dataset: ImageDataset) -> dict[str, Any]:
+    """What tells the images of a run from others; of their labels, if the network knows them."""
+    identity = {"images": len(dataset), "fingerprint": dataset.fingerprint()}
+    if options.class_conditional:
+        labels = dataset.labels().numpy().tobytes()
+        identity |= {"classes": dataset.classes, "labels": f"{zlib.crc32(labels):08x}"}
+    return identity
 
 
 def reading(options: TrainingOptions) -> dict:
@@ -55,8 +78,8 @@ def reading(options: TrainingOptions) -> dict:
     return {name: getattr(options, name) for name in names.split()}
 
 
-def labels_of(options: TrainingOptions, dataset: ImageDataset) -> torch.Tensor:
-    """int64 [N] the labels of the images; zeros where the network is not to know them.
+def labels_of(options: ClassOptions, dataset: ImageDataset, classes: list[str] | None = None) -> torch.Tensor:
+    """int64 [N] the labels of the images, as indices into `classes`; zeros where the network is not to know them.
 
     Raises:
         ValueError: there are none, or not of all images.
@@ -64,7 +87,7 @@ def labels_of(options: TrainingOptions, dataset: ImageDataset) -> torch.Tensor:
     if not options.class_conditional:
         return torch.zeros(len(dataset), dtype=torch.long)
     try:
-        return dataset.labels()
+        return dataset.labels(classes)
     except ValueError as error:
         raise ValueError(f"--class_conditional: {error}") from error
 

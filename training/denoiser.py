@@ -16,7 +16,8 @@ class Denoiser:
             class_labels=[B], if it knows classes.
         noise_scheduler: a `DDPMScheduler`.
         device: of the network.
-        num_classes: that the network knows, beside the null class of that number; None if it knows none.
+        classes: names of those that the network knows, beside the null class, which is the last; None if it knows none.
+            A sampler that measures the network (`epsilon_losses` without labels) does so by the null class.
     """
 
     def __init__(

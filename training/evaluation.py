@@ -37,7 +37,7 @@ def build_evaluation(
             evaluator = Evaluator(options, dataset, accelerator, seed, batch_size)
             evaluator.add_reference()
     if validation_images is not None:
-        labels = labels_of(options, validation_images)
+        labels = labels_of(options, validation_images, dataset.classes)
         validation = ValidationLoss(validation_images, labels, options.ddpm_num_steps, batch_size, accelerator)
     return evaluator, validation
 

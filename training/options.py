@@ -19,7 +19,7 @@ RANGES = {
     "white_level": "(0, inf)",
     "dataloader_num_workers": "[0, 1024]",
     "ddpm_num_steps": "[2, 10**6]",
-    "class_dropout": "[0, 1]",
+    "class_dropout": "[0, 1)",
     "max_train_steps": "[1, 2**53]",
     "num_epochs": "[1, 2**53]",
     "max_train_seconds": "(0, inf)",

@@ -15,7 +15,6 @@ from .resuming import Start, check_same_network, find_start
 from .unet import build_unet, load_unet_config
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
-STAND_IN_CLASSES = 10
 
 
 def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[OutputDir, HubUpload, Start]:
@@ -51,7 +50,7 @@ def plan_run(options: TrainingOptions) -> None:
         check_batch_memory(options, channels, resolution)
         if has_levels:
             with torch.device("meta"):
-                build_unet(options, channels, resolution, STAND_IN_CLASSES if options.class_conditional else None)
+                build_unet(options, channels, resolution, stand_in_classes(options))
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:
@@ -61,6 +60,14 @@ def plan_run(options: TrainingOptions) -> None:
             raise ValueError(
                 f"--timestep_sampler_options {dict(options.timestep_sampler_options)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def stand_in_classes(options: TrainingOptions) -> int | None:
+    """A number of classes that the options would allow; the data may have another. None without classes."""
+    if not options.class_conditional:
+        return None
+    num_class_embeds = options.unet.get("num_class_embeds")
+    return num_class_embeds - 1 if isinstance(num_class_embeds, int) and num_class_embeds > 1 else 10
 
 
 def stand_in_shape(options: TrainingOptions) -> tuple[int, int]:

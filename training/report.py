@@ -1,5 +1,6 @@
 """What a run leaves for people to read: its summary and its model card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from .options import TrainingOptions
 from .output import SUMMARY_FILE, OutputDir
 from .saving import replace_file, write_json
 from .state import TrainingState
+
+MOST_CLASSES = 1000  # that a card lists
 
 
 def write_summary(
@@ -106,10 +109,10 @@ image = pipeline().images[0]
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)  # runs pipeline.py
-image = pipeline(["{classes[0]}"], guidance_scale=1.5).images[0]
+image = pipeline([{json.dumps(classes[0], ensure_ascii=False)}], guidance_scale=1.5).images[0]
 ```
 
-Classes: {", ".join(classes)}."""
+Classes: {", ".join(classes[:MOST_CLASSES])}{", ..." if len(classes) > MOST_CLASSES else "."}"""
 
 
 def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:

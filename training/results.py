@@ -84,14 +84,10 @@ class Results:
         """Write the loss on the validation images to the log, by timestep. last: as in `TrainingLog.write`."""
         with self.clock.phase("validation"):
             network, denoiser = self._pipeline().unet.to(self.accelerator.device), self.denoiser
-            measured = self.validation.measure(
-                network, denoiser.noise_scheduler, denoiser.classes, self.stop.is_signalled
-            )
-            if measured is not None:
-                loss, by_timestep = measured
-                names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
-                scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
-                self.log.add({"validation_loss": loss}, scalars, last, validation_loss_by_timestep=by_timestep)
+            loss, by_timestep = self.validation.measure(network, denoiser.noise_scheduler, denoiser.classes)
+            names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
+            scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
+            self.log.add({"validation_loss": loss}, scalars, last, validation_loss_by_timestep=by_timestep)
 
     def _pipeline(self) -> DDPMPipeline | ClassConditionalPipeline:
         denoiser = self.denoiser

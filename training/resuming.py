@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 
-from images import ImageDataset, check_output_outside_data
+from images import check_output_outside_data
 from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
-from .options import TrainingOptions
+from .options import ClassOptions, TrainingOptions
 from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
 from .unet import unet_config, unet_on_meta
 
@@ -98,7 +98,7 @@ def check_same_network(options: TrainingOptions, start: Start) -> None:
     num_classes = saved["num_class_embeds"] - 1 if options.class_conditional else None
     now = unet_config(options, saved["in_channels"], saved["sample_size"], num_classes)
     if parameter_shapes(saved) != parameter_shapes(now):
-        defaults = dict(UNet2DModel().config)
+        defaults = {name: value for name, value in UNet2DModel().config.items() if not name.startswith("_")}
         now = {name: now.get(name, default) for name, default in defaults.items()}
         differ = [name for name in defaults if plain(saved.get(name)) != plain(now[name])]
         listed = "; ".join(f"{name} was {saved.get(name)}, now {now[name]}" for name in differ)
@@ -118,23 +118,45 @@ def parameter_shapes(config: dict) -> list[tuple]:
     return [(name, tuple(parameter.shape)) for name, parameter in unet.named_parameters()]
 
 
-def warn_of_changes(options: TrainingOptions, dataset: ImageDataset, start: Start) -> None:
-    """Say what is different from the run that is gone on from: options, when it was last started, and images."""
+def check_same_classes(options: ClassOptions, identity: dict[str, Any], start: Start) -> None:
+    """Refuse to go on with labels that mean something else.
+
+    Args:
+        identity: of `training.data.identify`.
+
+    Raises:
+        ValueError: naming the classes, then and now.
+    """
+    saved = start.process_state.get("data") or {}  # not in checkpoints of an earlier version
+    if not options.class_conditional or "classes" not in saved:
+        return
+    if saved["classes"] != identity["classes"]:
+        then, now = (", ".join(names or ["none"]) for names in (saved["classes"], identity["classes"]))
+        raise ValueError(f"--resume_from_checkpoint {start.checkpoint}: is of the classes {then}; now they are {now}")
+    if saved["fingerprint"] == identity["fingerprint"] and saved["labels"] != identity["labels"]:
+        raise ValueError(f"--resume_from_checkpoint {start.checkpoint}: the images had other labels then")
+
+
+def warn_of_changes(options: TrainingOptions, name: str, identity: dict[str, Any], start: Start) -> None:
+    """Say what is different from the run that is gone on from: options, when it was last started, and images.
+
+    Args:
+        name: of the data set.
+        identity: of `training.data.identify`.
+    """
     if not start.checkpoint:
         return
     left_out = (*NOT_SAVED, "output_dir")
     changed = changed_options(options, start.checkpoint.parent / OPTIONS_FILE, left_out)
-    for name, (old, new) in changed.items():
-        logger.warning(f"resuming with --{name} {new}, which was {old}")
+    for option, (old, new) in changed.items():
+        logger.warning(f"resuming with --{option} {new}, which was {old}")
     if options.validation_split and "validation_split" in changed:
         logger.warning(
             f"--validation_split {options.validation_split}: the run may have trained on these images before"
         )
     saved = start.process_state.get("data")  # not in checkpoints of an earlier version
-    if saved and saved["fingerprint"] != dataset.fingerprint():
+    if saved and saved["fingerprint"] != identity["fingerprint"]:
         logger.warning(
-            f"{dataset.name} has changed since the checkpoint was saved: {saved['images']:,} images then, "
-            f"{len(dataset):,} now; the order of the images is another"
+            f"{name} has changed since the checkpoint was saved: {saved['images']:,} images then, "
+            f"{identity['images']:,} now; the order of the images is another"
         )
-    if options.class_conditional and saved and saved.get("classes") not in (None, dataset.classes):
-        logger.warning(f"{dataset.name} had other classes when the checkpoint was saved: {', '.join(saved['classes'])}")

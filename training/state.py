@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
-from images import ImageDataset
 from pipelines import choose_kernels
 from samplers import TimestepSampler
 
@@ -109,7 +108,7 @@ def build_state(
     accelerator: Accelerator,
     unet: torch.nn.Module,
     sampler: TimestepSampler,
-    dataset: ImageDataset,
+    data: dict[str, Any],
     clock: PhaseClock,
     max_steps: int | None,
 ) -> TrainingState:
@@ -117,7 +116,7 @@ def build_state(
 
     Args:
         unet: moves to the accelerator's device.
-        dataset: to be trained on.
+        data: what tells the images, of `training.data.identify`.
         max_steps: of the whole run; None where only time is limited.
     """
     optimizer = torch.optim.AdamW(
@@ -143,7 +142,6 @@ def build_state(
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     is_scaled = accelerator.scaler is not None
     network_config = json.loads(accelerator.unwrap_model(network).to_json_string())
-    data = {"images": len(dataset), "fingerprint": dataset.fingerprint(), "classes": dataset.classes}
     return TrainingState(
         accelerator,
         network,

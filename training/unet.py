@@ -68,6 +68,8 @@ def unet_config(
         if options.unet[name] != by_data[name]:
             raise ValueError(f"--unet {name} {options.unet[name]}: the images decide that, which have {by_data[name]}")
     config = config | options.unet | by_data
+    if config.get("class_embed_type"):
+        raise ValueError(f"--unet class_embed_type {config['class_embed_type']}: only plain class labels are known")
     if num_classes is None and config.get("num_class_embeds"):
         flag = "--unet" if "num_class_embeds" in options.unet else "--model_config_name_or_path"
         raise ValueError(f"{flag} num_class_embeds {config['num_class_embeds']}: needs --class_conditional")

@@ -37,7 +37,7 @@ def divide(
     try:
         if (share := validation_share(split)) is not None:
             return dataset.hold_out(share)
-        if "train" in {re.split(r"[\[(]", part)[0].strip() for part in split.split("+")}:
+        if {"train", "all"} & {re.split(r"[\[(]", part)[0].strip() for part in split.split("+")}:
             raise ValueError("the split train is trained on: give another, or a share of it to hold out, as 0.1")
         validation = open_split(split)
         if not len(validation):
@@ -82,25 +82,19 @@ class ValidationLoss:
         network: torch.nn.Module,
         noise_scheduler: DDPMScheduler,
         classes: list[str] | None = None,
-        is_abandoned: Callable[[], bool] = lambda: False,
-    ) -> tuple[float | None, list[float | None]] | None:
+    ) -> tuple[float | None, list[float | None]]:
         """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device. All processes must call
         it. Losses that are not finite are left out.
 
         Args:
             classes: that the network knows.
-            is_abandoned: asked by all processes before each batch; once it is true, there is no loss (None).
         """
         accelerator, device = self.accelerator, self.accelerator.device
         denoiser = Denoiser(network, noise_scheduler, device, classes)
         meter = LossMeter(self.num_train_timesteps, device)
-        # All processes have as many batches, of which the last may be empty for some
-        for together in torch.arange(NUM_EXAMPLES).split(self.batch_size * accelerator.num_processes):
-            if is_abandoned():
-                return None
-            numbers = together[accelerator.process_index :: accelerator.num_processes]
-            if len(numbers):
-                meter.add_losses(*self._losses(denoiser, numbers))
+        share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
+        for numbers in share.split(self.batch_size):
+            meter.add_losses(*self._losses(denoiser, numbers))
         loss, _, loss_by_timestep = meter.read(accelerator)
         return loss, loss_by_timestep
 

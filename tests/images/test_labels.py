@@ -108,11 +108,33 @@ def test_a_column_that_is_none(column, message, tmp_path):
         open_source(tmp_path / "saved", tmp_path, label_column=column)
 
 
-@pytest.mark.parametrize("labels", [np.array([0.5, 1.0]), np.array([0, 1, 2]), np.array([-1, 0])])
-def test_an_npz_with_other_labels(labels, tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (np.array([0.5, 1.0]), r"arr_1 is float64 \[2\], and not of whole numbers \[2\]"),
+        (np.array([0, 1, 2]), r"arr_1 is int64 \[3\], and not of whole numbers \[2\]"),
+        (np.array([-1, 0]), r"arr_1 has numbers from -1 to 0, and not in \[0, 100000\)"),
+        (np.array([0, 2**40]), "arr_1 has numbers from 0 to 1099511627776"),
+    ],
+)
+def test_an_npz_with_other_numbers_has_images_and_no_labels(labels, problem, tmp_path):
     np.savez(tmp_path / "a.npz", random_pixels(2), labels)
-    with pytest.raises(ValueError, match=r"arr_1 must be whole numbers \[2\] from 0 on"):
-        open_images(str(tmp_path / "a.npz"))
+    dataset = open_images(str(tmp_path / "a.npz"))
+    assert (len(dataset), dataset.classes) == (2, None)
+    with pytest.raises(ValueError, match=f"has no labels: {problem}"):
+        dataset.labels()
+
+
+def test_of_another_split_they_are_those_of_the_first(tmp_path):
+    """A split may lack classes, whose names are then numbered otherwise in it."""
+    for split, classes in (("train", "abc"), ("test", "ac"), ("validation", "ad")):
+        for name in classes:
+            write_folder(tmp_path / split / name, [encoded(p) for p in random_pixels(1)])
+    train, test, other = (open_images(str(tmp_path), split=split) for split in ("train", "test", "validation"))
+    assert test.labels().tolist() == [0, 1]
+    assert test.labels(train.classes).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="the class 'd' is not one of a, b, c"):
+        other.labels(train.classes)
 
 
 # Beside their images
@@ -144,6 +166,18 @@ def test_an_image_that_stands_in_for_a_bad_one_brings_its_own(placement, tmp_pat
     images, found = labelled_batches(dataset, torch.arange(12), 9, placement=placement)
     assert torch.equal(images, pixels[found])
     assert set(found.tolist()) == set(range(12)) - {2, 3, 11}
+
+
+def test_an_image_that_could_not_be_read_for_a_while_shifts_none(tmp_path):
+    folder = write_folder(tmp_path / "data", [encoded(p) for p in random_pixels(6)])
+    dataset = open_images(str(folder), on_bad_image="skip")
+    (folder / "0001.png").rename(tmp_path / "away")
+    dataset[1]  # the next one stands in
+    (tmp_path / "away").rename(folder / "0001.png")
+    assert dataset.bad_images == [1]
+    images, found = labelled_batches(dataset, torch.arange(6), 6, placement="memory")
+    assert torch.equal(images, dataset.decode_all(show_progress=False)[found])
+    assert set(found.tolist()) == set(range(6))
 
 
 def test_a_held_out_part_keeps_them(cats_and_dogs):

@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import TINY_UNET
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from training.denoiser import Denoiser
-from training.options import ModelOptions
+from training.options import ClassOptions, ModelOptions
+from training.resuming import Start, check_same_classes
 from training.step_random import StepRandom
 from training.unet import build_unet
 
@@ -147,3 +151,54 @@ def test_what_it_leaves_is_loaded_by_diffusers_where_this_project_is_not(train, 
     assert "pipeline.py" in (run.folder / ".written_files").read_text().split()
     picture = Image.open(run.folder / "samples" / "final.png")
     assert picture.width > 4 * picture.height  # ten columns, a class each, and two rows
+
+
+def write_classes(folder, counts, seed=0):
+    """{class: number of images} as class folders."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng([seed, i, *name.encode()]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return ("--class_conditional", "--dataset_name", folder, "--max_train_steps", 2)
+
+
+def test_a_class_without_an_image_to_train_on_is_refused(train, tmp_path):
+    flags = write_classes(tmp_path / "data", {"cat": 20, "dog": 1})
+    train("fine", *flags, "--dry_run").wait()
+    run = train("run", *flags, "--validation_split", 0.99, "--validation_steps", 1).wait(1)
+    assert "--class_conditional: there is no image of class 'dog' to train on" in run.output.splitlines()[-1]
+    assert not run.folder.exists()
+
+
+def test_a_run_does_not_go_on_with_other_classes(train, tmp_path):
+    train("run", *write_classes(tmp_path / "first", {"cat": 4, "dog": 4})).wait()
+    for name, counts, message in (
+        ("second", {"dog": 4, "fox": 4}, "is of the classes cat, dog; now they are dog, fox"),
+        ("third", {"cat": 4, "dog": 4, "fox": 4}, "is of the classes cat, dog; now they are cat, dog, fox"),
+    ):
+        flags = write_classes(tmp_path / name, counts)
+        found = train("run", *flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest").wait(1)
+        assert message in found.output.splitlines()[-1]
+
+
+def test_a_run_does_not_go_on_with_other_labels():
+    start = Start(Path("c"), {"data": {"fingerprint": "8-a", "classes": ["cat", "dog"], "labels": "1"}})
+    identity = {"images": 8, "fingerprint": "8-a", "classes": ["cat", "dog"], "labels": "2"}
+    with pytest.raises(ValueError, match="--resume_from_checkpoint c: the images had other labels then"):
+        check_same_classes(ClassOptions(class_conditional=True), identity, start)
+    check_same_classes(ClassOptions(class_conditional=True), {**identity, "fingerprint": "9-b"}, start)  # it has grown
+    check_same_classes(ClassOptions(), identity, start)
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "--unet class_embed_type timestep: only plain class labels are known"),
+        ({"num_class_embeds": 7}, "--unet num_class_embeds 7: the images decide that, which have 11"),
+    ],
+)
+def test_a_network_that_cannot_know_these_classes_is_refused(train, unet, message):
+    run = train("run", *CLASSES, unet={**TINY_UNET, **unet}).wait(1)
+    assert message in run.output.splitlines()[-1]
+    assert not run.folder.exists()

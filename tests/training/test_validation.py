@@ -104,12 +104,6 @@ def test_each_image_keeps_its_label():
     assert torch.equal(torch.cat(seen), 6 - examples.image_numbers)  # as `Images` has chosen them
 
 
-def test_it_is_given_up_on_a_signal():
-    network, answers = Zero(), iter([False, False, True])
-    assert validation().measure(network, DDPMScheduler(), is_abandoned=lambda: next(answers)) is None
-    assert len(network.asked) == 2
-
-
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     validation().measure(Zero(), DDPMScheduler())
@@ -257,6 +251,7 @@ def test_options_that_are_not_allowed(flags, message, capsys):
         ("test", "--dataset_name digits has no split 'test', but ['train']"),
         ("train", "the split train is trained on: give another, or a share of it to hold out"),
         ("train[90%:]", "the split train is trained on"),
+        ("all", "the split train is trained on"),
     ],
 )
 def test_a_split_that_cannot_be_validated_on_is_named(train, split, message):
