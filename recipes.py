@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -32,6 +32,13 @@ Options = TypeVar("Options")
 
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 BLOCKS = ("train", "generate", "evaluate")  # of a recipe, each for the script of that kind
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """argparse's that tells defaults, where they tell anything."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help if action.default is None or action.default == {} else super()._get_help_string(action)
 
 
 class JsonDict(dict):
@@ -79,7 +86,13 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     recipe's line, for anything that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(option_groups(options_class), allow_abbrev=False)
+    parser = HfArgumentParser(
+        option_groups(options_class),
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+        description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0],
+        epilog="A single key, or any option, may also be assigned: unet.dropout=0.2 seed=1",
+    )
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
     flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
     try:
@@ -248,7 +261,9 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
     """
     match = ASSIGNMENT.fullmatch(text)
     if not match or match[1] not in flags or match[1] == "config":
-        raise ValueError(f"unrecognized arguments: {text}")
+        word = text.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
+        close = difflib.get_close_matches(word, flags, 1)
+        raise ValueError(f"unrecognized arguments: {text}" + (f"; did you mean {close[0]!r}?" if close else ""))
     name, keys = match[1], match[2].split(".")[1:]
     try:
         node = read_yaml_value(match[3])

@@ -157,7 +157,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.name}: of one image none can be held out")
         count = min(max(round(share * len(self)), 1), len(self) - 1)
         order = self._random_order()
-        return self._part(order[count:], "image held out"), self._part(order[:count], "image that is not held out")
+        return self._part(order[count:], "image held out"), self._part(order[:count], "image to train on")
 
     def _part(self, indices: torch.Tensor, left_out: str) -> "ImageDataset":
         part = copy.copy(self)

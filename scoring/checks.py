@@ -23,7 +23,7 @@ def check_counts(options: EvaluationOptions, count1: int, count2: int) -> None:
         if "kid" in options.metrics and options.kid_subset_size > count:
             raise ValueError(
                 f"--kid_subset_size {options.kid_subset_size}: {flag} gives {count} images only, and a subset must "
-                "not be larger"
+                "not be larger (or leave kid out of --metrics)"
             )
         if "prc" in options.metrics and options.prc_neighborhood >= count:
             raise ValueError(

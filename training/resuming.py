@@ -45,12 +45,13 @@ def find_start(options: TrainingOptions, output: OutputDir, accelerator: Acceler
     checkpoint = None
     if accelerator.is_main_process:  # which decides for all
         check_output_outside_data(options.output_dir, options.dataset_name)
-        check_output_dir(
-            output,
-            resume=bool(options.resume_from_checkpoint),
-            overwrite=options.overwrite_output_dir,
-            checkpoints=bool(list_checkpoints(output.folder)),
-        )
+        if not options.dry_run:  # which writes nothing
+            check_output_dir(
+                output,
+                resume=bool(options.resume_from_checkpoint),
+                overwrite=options.overwrite_output_dir,
+                checkpoints=bool(list_checkpoints(output.folder)),
+            )
         if options.resume_from_checkpoint:
             checkpoint = find_checkpoint(output.folder, options.resume_from_checkpoint, logger.warning)
             check_resumed_folder(output, checkpoint)
