@@ -200,9 +200,7 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action], block: str | N
         for name, node in read_block(file, block, is_needed=file == files[-1]).items():
             where = f"{file}, line {line_number(node.start_mark)}"
             if name not in flags or name == "config":
-                close = difflib.get_close_matches(name, flags, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{where}: there is no option {name!r}{hint}")
+                raise ValueError(f"{where}: there is no option {name!r}{did_you_mean(name, flags)}")
             try:
                 value = option_value(node, flags[name])
             except ValueError as error:
@@ -262,8 +260,7 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
     match = ASSIGNMENT.fullmatch(text)
     if not match or match[1] not in flags or match[1] == "config":
         word = text.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
-        close = difflib.get_close_matches(word, flags, 1)
-        raise ValueError(f"unrecognized arguments: {text}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(f"unrecognized arguments: {text}{did_you_mean(word, flags)}")
     name, keys = match[1], match[2].split(".")[1:]
     try:
         node = read_yaml_value(match[3])
@@ -277,6 +274,12 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
         return name, JsonDict(value)
     except (ValueError, ArgumentTypeError) as error:
         raise ValueError(f"{text}: {error}") from error
+
+
+def did_you_mean(name: str, flags: dict[str, Action]) -> str:
+    """The end of an error: the option whose name is nearest, or nothing where none is near."""
+    close = difflib.get_close_matches(name, flags, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if classes is None and source.empty_classes:
             empty = source.empty_classes[0]
             raise ValueError(f"--dataset_name {self.name}: no image of class {empty}: there is none in its folder")
-        labels = torch.from_numpy(source.read_labels())
+        labels = torch.from_numpy(source.labels)
         if len(labels) and labels.min() < 0:
             unlabelled = int((labels < 0).nonzero()[0])
             raise ValueError(f"--dataset_name {self.name}: image {unlabelled} has no label")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Source:
             return f"has no labels: {self.label_problem}"
         return "has no labels: neither a column of them (--label_column names it) nor a folder for each class"
 
-    def read_labels(self) -> np.ndarray | None:
+    @cached_property
+    def labels(self) -> np.ndarray | None:
         """int64 [N], indices into `classes`; -1 is none, as in `datasets`. None where there are no labels at all."""
         if self.label_column is None:
             return self.label_array
