@@ -31,7 +31,7 @@ from generation.options import DTYPES, SCHEDULERS, GenerationOptions, read_optio
 from generation.records import describe_run, describe_settings
 from generation.stopping import exit_when_stopped, report_when_stopped
 from generation.writing import Writer
-from pipelines import EVERYWHERE, choose_kernels, load_pipeline, sample_images
+from pipelines import EVERYWHERE, choose_kernels, load_pipeline, network_of, sample_images
 from progress import progress_bar
 from recipes import one_line_errors
 from training.folder_lock import folder_lock
@@ -63,7 +63,7 @@ def generate(options: GenerationOptions, labels: ImageLabels | None, state: Part
         pipeline = (pipeline or load_weights(options)).to(state.device)
     pipeline.scheduler = SCHEDULERS[options.sampler].from_config(pipeline.scheduler.config)
     # Blocks are all of one shape: a GPU can replay the network's kernels as a CUDA graph
-    choose_kernels(pipeline.unet, state.device, options.mixed_precision, options.compile, mode="reduce-overhead")
+    choose_kernels(network_of(pipeline), state.device, options.mixed_precision, options.compile, mode="reduce-overhead")
 
     todo = on_main(state, lambda: prepare_folder(files, describe_settings(options, pipeline, labels), **allowed))
     start = time.perf_counter()
@@ -111,6 +111,7 @@ def sample_blocks(
                     files.labels and files.labels.of(indices),
                     options.guidance_scale,
                     options.guidance_interval or EVERYWHERE,
+                    options.guidance_channels,
                 )
             for path, write in files.parts(block, images[: len(block)].cpu()):
                 writer.submit(path, write)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from images import normalize
+from pipelines import null_label
 from recipes import one_line_errors, parse_options
 from samplers import fold_seed, mean_squares
 from training.clock import PhaseClock
@@ -23,19 +23,21 @@ from training.dry_run import dry_run
 from training.evaluation import build_evaluation
 from training.failures import checkpoint_if_data_fails, last_good_checkpoint
 from training.intervals import plan_intervals
+from training.latents import encode_images
 from training.launch import held_output_dir, start_accelerator
 from training.log import TrainingLog
 from training.methods import build_sampler
+from training.network import build_network
 from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
 from training.output import check_disk_space
 from training.plan import check_run
-from training.results import Results
+from training.results import PipelineParts, Results
 from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
 from training.stopping import StopCondition
-from training.unet import build_unet
+from training.vae import load_vae
 from training.warm_up import warm_up
 from training.writing import begin_writing, finish
 
@@ -56,25 +58,30 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 
     # What to train, on which images and timesteps
     dataset, validation_images = read_data(options, accelerator, start)
-    noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
     classes = dataset.classes if options.class_conditional else None
-    num_classes = None if classes is None else len(classes)
-    unet = build_unet(options, dataset.channels, dataset.resolution, num_classes)
-    check_disk_space(output.folder, unet)
+    vae = load_vae(options.vae) if options.vae else None
+    if vae is not None:
+        with clock.phase("encode"):
+            dataset, validation_images = encode_images(options, accelerator, vae, dataset, validation_images)
+    noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
+    network = build_network(options, dataset.channels, dataset.resolution, classes and len(classes))
+    check_disk_space(output.folder, network, vae)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, accelerator.device)
     batches = open_batches(options, dataset, accelerator, start.images)
 
     # All that training changes
     images_per_step = options.images_per_process * accelerator.num_processes
     max_steps = options.total_steps(batches.num_images / images_per_step)
-    state = build_state(options, accelerator, unet, sampler, identify(options, dataset), clock, max_steps)
+    state = build_state(options, accelerator, network, sampler, identify(options, dataset), clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
     state.load(start)
     evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
 
     # An update, and the end of updates
-    denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, classes)
-    step_random = StepRandom(options.seed, accelerator, options.random_flip, options.class_dropout, num_classes)
+    null = null_label(network.config)
+    denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, null)
+    class_dropout = options.class_dropout if options.class_conditional else 1.0
+    step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip, class_dropout, null)
     if options.compile or accelerator.device.type == "cuda" or accelerator.num_processes > 1:
         with clock.phase("warm_up"):
             warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
@@ -85,7 +92,8 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 
     begin_writing(options, output, start, state, hub)
     log = TrainingLog(options, state, output, max_steps, options.max_train_seconds)
-    results = Results(options, state, denoiser, output, log, stop, options.seed, evaluator, validation)
+    parts = PipelineParts(noise_scheduler, classes and dict(enumerate(classes)), vae)
+    results = Results(options, state, parts, output, log, stop, options.seed, evaluator, validation)
     every = plan_intervals(options, state, batches.num_images)
     with last_good_checkpoint(output):
         with closing(log), clock.phase("train"):
@@ -112,13 +120,14 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 def train_step(
     state: TrainingState, denoiser: Denoiser, step_random: StepRandom, images: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    """Make one update from uint8 images [B, C, H, W] and labels [B] on the device, B of all accumulated batches.
+    """Make one update from images [B, C, H, W], or moments of latents, and labels [B] on the device, B of all
+    accumulated batches.
 
     Nothing in it waits for the device.
     """
     accelerator, network, sampler, optimizer = state.accelerator, state.network, state.sampler, state.optimizer
     step_random.begin(state.step)
-    images = normalize(images, step_random.flips(len(images)))
+    images = step_random.inputs(images)
     noise = step_random.noise(images.shape, antithetic=sampler.antithetic_noise)
     labels = step_random.drop_labels(labels)
     timesteps, weights = sampler.sample(len(images), images=images)

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 
 from generation.labels import BALANCED, ImageLabels, parse_labels
 from images.records import GRID
-from pipelines import check_variant, denoising_steps, image_shape, load_configs
+from pipelines import check_variant, denoising_steps, load_configs, sample_shape
 from pipelines.denoising import Step
 from pipelines.sampling import guidance_scales
 from recipes import check_ranges, parse_options
@@ -31,6 +31,7 @@ RANGES = {
     "seed": "[0, 2**32)",
     "eta": "[0, 1]",
     "guidance_scale": "[0, inf)",
+    "guidance_channels": "[1, 2**16]",
 }
 
 
@@ -41,7 +42,7 @@ class OutputOptions:
     _argument_group_name = "Pipeline and output"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
-    pipeline: str | None = HfArg(default=None, help="Folder or Hub id of a UNet2DModel with a DDPM or DDIM scheduler.")
+    pipeline: str | None = HfArg(default=None, help="Folder or Hub id; with a DDPM or DDIM scheduler.")
     variant: str | None = HfArg(default=None, help="Of its weights, as in diffusers: fp16 for *.fp16.safetensors.")
     output_dir: str | None = HfArg(default=None, help="Where the images go; made when missing.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete images made with other settings, and nothing else.")
@@ -82,6 +83,9 @@ class ClassOptions:
     guidance_interval: list[float] | None = field(
         default=None,
         metadata={"help": "LOW HIGH: guide at noise levels LOW < sigma <= HIGH only; default: at all of them."},
+    )
+    guidance_channels: int | None = HfArg(
+        default=None, help="Guide the first channels only, as DiT's code does with 3 of 4 latent ones; default: all."
     )
 
 
@@ -132,11 +136,11 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[Gene
     if not Path(options.pipeline).is_dir() and not HUB_ID.fullmatch(options.pipeline):
         raise ValueError(f"--pipeline {options.pipeline}: no such folder, and no Hub id, which is owner/name")
     try:
-        unet_config, scheduler, id2label = load_configs(options.pipeline)
+        configs = load_configs(options.pipeline)
         check_variant(options.pipeline, options.variant)
     except (ValueError, NotImplementedError, OSError) as error:
         raise ValueError(f"--pipeline {error}") from error
-    shape = image_shape(unet_config)
+    shape, scheduler = configs.image_shape, configs.scheduler
     if shape[0] not in (1, 3):
         raise ValueError(f"--pipeline {options.pipeline} makes {shape[0]} channels, not grey or RGB")
     check_memory(options, shape)
@@ -148,7 +152,20 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[Gene
     steps = denoising_steps(scheduler, options.num_inference_steps, options.eta, options.skip_schedule)
     if options.guidance_interval:
         check_interval(scheduler, steps, options.guidance_interval)
-    return options, choose_classes(options, id2label)
+    labels = choose_classes(options, configs.id2label)
+    check_guidance_channels(options, sample_shape(configs.network)[0])
+    return options, labels
+
+
+def check_guidance_channels(options: ClassOptions, channels: int) -> None:
+    """Refuse more than the network has, and a number of no effect. Raises ValueError."""
+    given = f"--guidance_channels {options.guidance_channels}"
+    if options.guidance_channels is None:
+        return
+    if options.guidance_scale == 1:
+        raise ValueError(f"{given} needs a --guidance_scale other than 1, which is no guidance")
+    if options.guidance_channels > channels:
+        raise ValueError(f"{given}: the network has {channels}")
 
 
 def check_interval(scheduler: DDPMScheduler | DDIMScheduler, steps: list[Step], interval: list[float]) -> None:

@@ -9,12 +9,13 @@ import accelerate
 import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 
 from generation.labels import ImageLabels
 from generation.options import GenerationOptions
 from generation.writing import write_atomically
 from images.records import RECORD, read_record
+from pipelines import network_of, vae_of
 from pipelines.weights import hash_weights
 
 SETTINGS = (  # options that decide what image i looks like, or which files hold it
@@ -43,7 +44,8 @@ def describe_settings(
     scheduler, path = pipeline.scheduler, Path(options.pipeline)
     return {
         "pipeline": str(path.resolve()) if path.is_dir() else options.pipeline,
-        "weights": fingerprint(pipeline.unet),
+        "weights": fingerprint(network_of(pipeline)),
+        **({"vae": fingerprint(vae)} if (vae := vae_of(pipeline)) is not None else {}),
         "scheduler": {"class": type(scheduler).__name__, **without_private(json.loads(scheduler.to_json_string()))},
         **{name: getattr(options, name) for name in SETTINGS},
         **(describe_classes(options, labels) if labels else {}),
@@ -54,16 +56,18 @@ def describe_settings(
 def describe_classes(options: GenerationOptions, labels: ImageLabels) -> dict[str, Any]:
     """The settings that a class-conditional model has beside the others."""
     interval = options.guidance_interval  # as text: JSON has no infinity
+    channels = {} if options.guidance_channels is None else {"guidance_channels": options.guidance_channels}
     return {
         **labels.to_settings(),
         "guidance_scale": options.guidance_scale,
         "guidance_interval": interval and "({}, {}]".format(*interval),
+        **channels,
     }
 
 
-def fingerprint(unet: UNet2DModel) -> str:
-    """SHA-256 of the U-Net's config and weights."""
-    return hash_weights(unet, json.dumps(without_private(unet.config), sort_keys=True))
+def fingerprint(network: ModelMixin) -> str:
+    """SHA-256 of a network's config and weights."""
+    return hash_weights(network, json.dumps(without_private(network.config), sort_keys=True))
 
 
 def without_private(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,18 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise ValueError(f"--dataset_name {self.name}: the class {name!r} is not one of {', '.join(classes)}")
         numbers = [classes.index(name) if name in classes else -1 for name in source.classes]
         return torch.tensor(numbers)[labels]
+
+    @staticmethod
+    def to_inputs(
+        batch: torch.Tensor, flips: torch.Tensor | None = None, draw: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """`normalize`; images have no use for `draw`, as latents have."""
+        return normalize(batch, flips)
+
+    @property
+    def pixels(self) -> "ImageDataset":
+        """Itself: images are no latents of others."""
+        return self
 
     # A part of it
 

@@ -1,9 +1,10 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
-from pipelines.checks import image_shape
-from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids
+from pipelines.checks import image_shape, sample_shape
+from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids, network_of, null_label
 from pipelines.denoising import denoising_steps
 from pipelines.kernels import choose_kernels
+from pipelines.kinds import Network, Pipeline, make_pipeline, vae_of
 from pipelines.loading import check_variant, load_configs, load_pipeline
 from pipelines.pictures import make_grid_image, to_pil
 from pipelines.sampling import EVERYWHERE, sample_images
@@ -11,6 +12,8 @@ from pipelines.sampling import EVERYWHERE, sample_images
 __all__ = [
     "EVERYWHERE",
     "ClassConditionalPipeline",
+    "Network",
+    "Pipeline",
     "check_variant",
     "choose_kernels",
     "denoising_steps",
@@ -19,6 +22,11 @@ __all__ = [
     "load_configs",
     "load_pipeline",
     "make_grid_image",
+    "make_pipeline",
+    "network_of",
+    "null_label",
     "sample_images",
+    "sample_shape",
     "to_pil",
+    "vae_of",
 ]

@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from pipelines.class_conditional import null_label
 
 SIGMA_LEARNED = ("learned", "learned_range")
 SPACINGS = ("linspace", "leading", "trailing")
@@ -12,41 +14,69 @@ FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def image_shape(unet_config: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a U-Net with this config makes.
+def sample_shape(network_config: dict[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of what a network with this config makes: images, or latents.
 
     Raises:
-        ValueError: it takes conditions other than class labels, has a learned variance, or does not name its size.
+        ValueError: it takes conditions other than class labels, or does not name its size.
     """
-    channels, size = unet_config.get("in_channels", 3), unet_config.get("sample_size")
-    if embedding := unet_config.get("class_embed_type"):
-        raise ValueError(f"the UNet2DModel has class_embed_type={embedding!r}; only plain class labels are known here")
-    if (outputs := unet_config.get("out_channels", 3)) != channels:
-        raise ValueError(f"the UNet2DModel has in_channels={channels} but out_channels={outputs}")
+    channels, size = network_config.get("in_channels", 3), network_config.get("sample_size")
+    if embedding := network_config.get("class_embed_type"):
+        raise ValueError(f"the network has class_embed_type={embedding!r}; only plain class labels are known here")
+    outputs = network_config.get("out_channels", channels)
+    is_learned_variance = "patch_size" in network_config and outputs == 2 * channels  # of DiT, which is not used here
+    if outputs not in (channels, None) and not is_learned_variance:
+        raise ValueError(f"the network has in_channels={channels} but out_channels={outputs}")
     if size is None:
-        raise ValueError("the UNet2DModel's config has no sample_size, so the images' size is not known")
+        raise ValueError("the network's config has no sample_size, so the images' size is not known")
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     for value in (channels, height, width):
         if type(value) is not int or value < 1:
-            raise ValueError(
-                f"the UNet2DModel has in_channels={channels!r}, sample_size={size!r}: not whole numbers > 0"
-            )
+            raise ValueError(f"the network has in_channels={channels!r}, sample_size={size!r}: not whole numbers > 0")
     return channels, height, width
 
 
-def check_forward(unet: UNet2DModel, shape: tuple[int, int, int]) -> None:
-    """Call a network of shapes alone, made on the meta device: images [C, H, W] must come out as they went in.
+def vae_factor(vae_config: dict[str, Any]) -> int:
+    """f: pixels of an image for each of its latents, along a side."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def image_shape(network_config: dict[str, Any], vae_config: dict[str, Any] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network makes, and its VAE if it has one; see `sample_shape`."""
+    shape = sample_shape(network_config)
+    if vae_config is None:
+        return shape
+    if vae_config["latent_channels"] != shape[0]:
+        latents = vae_config["latent_channels"]
+        raise ValueError(f"the network makes {shape[0]} channels, and the VAE has latent_channels={latents}")
+    factor = vae_factor(vae_config)
+    return vae_config["out_channels"], factor * shape[1], factor * shape[2]
+
+
+def check_vae_config(config: dict[str, Any]) -> None:
+    """Refuse a VAE whose latents are not just multiplied by `scaling_factor`: diffusers' pipelines for the networks
+    here know nothing else. Raises ValueError."""
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise ValueError(f"the VAE has {name}={config[name]!r}, which diffusers' pipeline would not undo")
+    factor = config.get("scaling_factor")
+    if not is_positive(factor):
+        raise ValueError(f"the VAE has scaling_factor={factor!r}: not a finite number above 0")
+
+
+def check_forward(network: torch.nn.Module, shape: tuple[int, int, int]) -> None:
+    """Call a network of shapes alone, made on the meta device: samples [C, H, W] must come out as they went in.
 
     Raises:
         ValueError: they come out in another shape.
         Exception: whatever a setting leads to that only shows when the network is called.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        images, timesteps = torch.empty(2, *shape), torch.zeros(2, dtype=torch.long)
-        class_labels = timesteps if unet.config.num_class_embeds else None
-        output = unet(images, timesteps, class_labels, return_dict=False)[0]
-    if output.shape != images.shape:
-        raise ValueError(f"images of {list(shape)} come out as {list(output.shape[1:])}")
+        samples, zeros = torch.empty(2, *shape), torch.zeros(2, dtype=torch.long)
+        class_labels = None if null_label(network.config) is None else zeros
+        output = network(samples, zeros, class_labels=class_labels, return_dict=False)[0]
+    if output[:, : shape[0]].shape != samples.shape:
+        raise ValueError(f"samples of {list(shape)} come out as {list(output.shape[1:])}")
 
 
 def check_alphas_cumprod(scheduler: DDPMScheduler | DDIMScheduler) -> None:

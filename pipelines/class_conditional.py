@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -24,7 +24,8 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: diffusers loads a fo
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples from a class-conditional U-Net, as `DiTPipeline` does from a transformer.
+    """Samples from a class-conditional network, as `DiTPipeline` does: where that will not do, which is for a
+    transformer and a VAE alone.
 
     Any diffusers loads what it saves, by the code that lies in the folder:
 
@@ -33,34 +34,44 @@ class ClassConditionalPipeline(DiffusionPipeline):
         >>> images = pipeline(["cat", "dog", 0], guidance_scale=1.5).images
 
     Args:
-        unet: of `num_class_embeds` N + 1: embedding N is the null class, which stands for no label in training.
         scheduler: any of diffusers' that samples with the noise schedule of training.
-        id2label: {0: "airplane", ...} the names of the N classes; None for their numbers.
+        unet: of `num_class_embeds` N + 1: embedding N is the null class, which stands for no label in training.
+        transformer: in place of `unet`; its null class is number `num_embeds_ada_norm`, however few classes there are.
+        vae: decodes what the network makes, which are images where there is none.
+        id2label: {0: "airplane", ...} the names of the classes; None for their numbers, or, of a transformer, for
+            none: it can be called for its null class alone.
 
     Attributes:
         labels: {name: number}; of "tench, Tinca tinca", each of the two names and both together.
 
     Raises:
-        ValueError: an unconditional U-Net, or `id2label` does not name its classes.
+        ValueError: an unconditional U-Net, none or two networks, or `id2label` does not name the network's classes.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012  as in all of diffusers' pipelines
 
+    # diffusers 0.35 looks at these types, and knows no X | None
     def __init__(
         self,
-        unet: UNet2DModel,
         scheduler: KarrasDiffusionSchedulers,
-        id2label: Optional[dict] = None,  # noqa: UP045  diffusers 0.35 looks at these types, and knows no dict | None
+        unet: Optional[UNet2DModel] = None,  # noqa: UP045
+        transformer: Optional[DiTTransformer2DModel] = None,  # noqa: UP045
+        vae: Optional[AutoencoderKL] = None,  # noqa: UP045
+        id2label: Optional[dict] = None,  # noqa: UP045
     ):
         super().__init__()
-        id2label = read_id2label(id2label, unet.config.num_class_embeds)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        if (unet is None) == (transformer is None):
+            raise ValueError("a ClassConditionalPipeline has either a unet or a transformer")
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
+        id2label = read_id2label(id2label, network_of(self).config)
         self.register_to_config(id2label=id2label)
-        self.labels = label_names(id2label)
+        self.labels = label_names(id2label or {})
 
     def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
         """The numbers of classes, given by name or by number; see `find_label_ids`."""
-        return find_label_ids(label, self.config.id2label)
+        null = null_label(network_of(self).config)
+        return find_label_ids(label, self.config.id2label or {null: "the null class"})
 
     @torch.no_grad()
     def __call__(
@@ -87,18 +98,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: no label, one that there is not, or a guidance scale out of range.
         """
         check_guidance_scale(guidance_scale)
-        device, config = self._execution_device, self.unet.config
+        network, device = network_of(self), self._execution_device
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
-        size = config.sample_size
-        shape = (len(labels), config.in_channels, *((size, size) if isinstance(size, int) else size))
+        size = network.config.sample_size
+        shape = (len(labels), network.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = randn_tensor(shape, generator, device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        x = randn_tensor(shape, generator, device, network.dtype) * self.scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters  # not all schedulers' does
         options = {"generator": generator} if takes_generator else {}
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, t)
-            output = predict_with_guidance(self.unet, scaled, t, labels, guidance_scale).to(x.dtype)
+            output = predict_with_guidance(network, scaled, t, labels, guidance_scale).to(x.dtype)
             x = self.scheduler.step(output, t, x, **options).prev_sample
+        if self.vae is not None:
+            x = self.vae.decode(x / self.vae.config.scaling_factor).sample
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -119,27 +132,52 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Path(save_directory, f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
 
 
+def network_of(pipeline: DiffusionPipeline) -> UNet2DModel | DiTTransformer2DModel:
+    """The network that denoises, by either of its names."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def null_label(network_config: dict[str, Any]) -> int | None:
+    """The number of the null class, which stands for no label; None of a U-Net that knows no classes."""
+    if "num_embeds_ada_norm" in network_config:  # a DiTTransformer2DModel has it always
+        return network_config["num_embeds_ada_norm"]
+    num_class_embeds = network_config.get("num_class_embeds")
+    return num_class_embeds - 1 if num_class_embeds else None
+
+
 def predict_with_guidance(
-    unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    network: UNet2DModel | DiTTransformer2DModel,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance_scale: float,
+    guidance_channels: int | None = None,
 ) -> torch.Tensor:
     """The network's output for x_t, float32 [B, C, H, W], by classifier-free guidance (Ho & Salimans 2022):
 
     ε̂ = ε_null + w (ε_label - ε_null)
 
     w is diffusers' `guidance_scale`, the paper's w + 1: at 1 this is ε_label, for one pass of the network over B images
-    instead of over 2B. A predicted v or x_0 is an affine function of ε, and guided by the same formula.
+    instead of over 2B. A predicted v or x_0 is an affine function of ε, and guided by the same formula. A variance that
+    the network has learned, which are the channels beyond C, is left out.
 
     Args:
         x: [B, C, H, W], in the network's type.
         t: the timestep.
         labels: int64 [B]; None for an unconditional network, which cannot be guided.
+        guidance_channels: how many of the first channels are guided, the others being ε_label: 3 of 4 latent ones in
+            the code of DiT (Peebles & Xie 2023). None for all.
     """
+    timesteps = t.expand(len(x))  # a transformer wants one for each image
     if guidance_scale == 1:
-        return unet(x, t, class_labels=labels).sample.float()
-    null = torch.full_like(labels, unet.config.num_class_embeds - 1)
-    output = unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null])).sample.float()
-    of_label, of_null = output.chunk(2)
-    return of_null + guidance_scale * (of_label - of_null)
+        return network(x, timesteps, class_labels=labels).sample[:, : x.shape[1]].float()
+    null = torch.full_like(labels, null_label(network.config))
+    output = network(torch.cat([x, x]), timesteps.repeat(2), class_labels=torch.cat([labels, null])).sample
+    of_label, of_null = output[:, : x.shape[1]].float().chunk(2)
+    guided = of_null + guidance_scale * (of_label - of_null)
+    if guidance_channels is None:
+        return guided
+    return torch.cat([guided[:, :guidance_channels], of_label[:, guidance_channels:]], dim=1)
 
 
 def check_guidance_scale(guidance_scale: float) -> None:
@@ -178,41 +216,44 @@ def numbered_label(label: Any, id2label: dict[int, str]) -> int:
     except TypeError:
         raise ValueError(f"a class label must be a name or a number, not {label!r}") from None
     if number not in id2label:
-        raise ValueError(f"there is no class {number}: the numbers are [0, {len(id2label)})")
+        raise ValueError(f"there is no class {number}: the numbers are [{min(id2label)}, {max(id2label) + 1})")
     return number
 
 
 def label_names(id2label: dict[int, str]) -> dict[str, int]:
     """{name: number}, sorted by name: names as they are and, as ImageNet has it, each of those between commas, but for
-    one that several classes share."""
-    parts = [(part.strip(), number) for number, name in id2label.items() for part in {*name.split(",")}]
+    one that several classes share ("crane", the bird and the machine)."""
+    parts = [(part, number) for number, name in id2label.items() for part in {name, *map(str.strip, name.split(","))}]
     counts = Counter(part for part, _ in parts)
-    names = {part: number for part, number in parts if counts[part] == 1}
-    return dict(sorted((names | {name: number for number, name in id2label.items()}).items()))
+    whole_names = Counter(id2label.values())
+    parts.sort(key=lambda part: id2label[part[1]] == part[0])  # a whole name comes last, and so before a part of one
+    names = {part: number for part, number in parts if counts[part] == 1 or whole_names[part] == 1}
+    return dict(sorted(names.items()))
 
 
-def read_id2label(id2label: dict[Any, str] | None, num_class_embeds: int | None) -> dict[int, str]:
-    """{0: name, 1: name, ...} of a network's classes, whose numbers JSON turns into strings; None: named as numbered.
+def read_id2label(id2label: dict[Any, str] | None, network_config: dict[str, Any]) -> dict[int, str] | None:
+    """{0: name, 1: name, ...} of a network's classes, whose numbers JSON turns into strings. None stands for a U-Net's
+    classes named as numbered, and for no classes in a transformer.
 
     Raises:
-        ValueError: these are not the network's classes, or two have one name.
+        ValueError: these are not the network's classes.
     """
-    if type(num_class_embeds) is not int or num_class_embeds < 2:
+    null, is_transformer = null_label(network_config), "num_embeds_ada_norm" in network_config
+    if type(null) is not int or null < 1:
+        name = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
         raise ValueError(
-            f"the UNet2DModel has num_class_embeds={num_class_embeds!r}: a class-conditional one has 2 or more, "
-            "one for each class and one for the null class"
+            f"the network has {name}={network_config.get(name)!r}: a class-conditional one has an embedding for each "
+            "class and one for the null class"
         )
     if id2label is None:
-        return {number: str(number) for number in range(num_class_embeds - 1)}
+        return None if is_transformer else {number: str(number) for number in range(null)}
     if not isinstance(id2label, dict) or not all(isinstance(name, str) for name in id2label.values()):
         raise ValueError('id2label must name the classes, {"0": "airplane", ...}')
-    numbers = [str(number) for number in id2label]
-    if len(numbers) != num_class_embeds - 1 or {*numbers} != {str(number) for number in range(len(numbers))}:
+    count, is_number_right = len(id2label), 0 < len(id2label) <= null if is_transformer else len(id2label) == null
+    if not is_number_right or {str(number) for number in id2label} != {str(number) for number in range(count)}:
+        classes = f"at most {null}, from 0 on" if is_transformer else f"0 to {null - 1}"
         raise ValueError(
-            f"id2label has {len(numbers)} names, and the UNet2DModel num_class_embeds={num_class_embeds}: "
-            f"it must name the classes 0 to {num_class_embeds - 2}; the last embedding is the null class"
+            f"id2label has {count} names, and must name the classes that the network has embeddings for, {classes}; "
+            f"embedding {null} is the null class"
         )
-    shared = [name for name, count in Counter(id2label.values()).items() if count > 1]
-    if shared:
-        raise ValueError(f"id2label calls several classes {shared[0]!r}")
     return dict(sorted((int(number), name) for number, name in id2label.items()))

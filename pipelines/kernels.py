@@ -1,4 +1,4 @@
-"""How a U-Net computes on a device, and never what: results stay the same but for rounding."""
+"""How a network computes on a device, and never what: results stay the same but for rounding."""
 
 import ctypes
 import sys
@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.upsampling import Upsample2D
 
@@ -16,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_kernels(
-    unet: UNet2DModel, device: torch.device, mixed_precision: str, compiled: bool, mode: str | None = None
+    network: torch.nn.Module, device: torch.device, mixed_precision: str, compiled: bool, mode: str | None = None
 ) -> None:
     """Let the network use what is fastest on a device.
 
@@ -27,22 +26,22 @@ def choose_kernels(
     group normalisation would copy back and forth between layouts.
 
     Args:
-        unet: a `UNet2DModel` on the device, changed in place; its weights and config are not.
+        network: of diffusers, on the device, changed in place; its weights and config are not.
         mixed_precision: "no", "bf16" or "fp16".
         compiled: compile it, at its first call.
         mode: of `torch.compile`; "reduce-overhead" for CUDA graphs, which suit sampling.
     """
     if device.type == "cpu":
         keep_freed_memory()
-        for module in unet.modules():
+        for module in network.modules():
             if type(module) is Upsample2D and module.use_conv:
                 module.__class__ = FusedUpsample2D
             if isinstance(module, Attention) and mixed_precision == "bf16":
                 module.set_processor(AttnProcessor())
         if compiled:
-            fuse_group_norms(unet)
+            fuse_group_norms(network)
     if compiled:
-        unet.compile(mode=mode)
+        network.compile(mode=mode)
 
 
 class FusedUpsample2D(Upsample2D):

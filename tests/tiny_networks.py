@@ -30,8 +30,7 @@ def tiny_pipeline(scheduler=None, **unet_settings):
 
 def tiny_conditional_pipeline(scheduler=None, id2label=CLASSES, **unet_settings):
     """A pipeline of three classes, whose embeddings differ more than those of a new network."""
-    pipeline = ClassConditionalPipeline(
-        tiny_unet(num_class_embeds=4, **unet_settings), scheduler or DDPMScheduler(num_train_timesteps=20), id2label
-    )
+    unet, scheduler = tiny_unet(num_class_embeds=4, **unet_settings), scheduler or DDPMScheduler(num_train_timesteps=20)
+    pipeline = ClassConditionalPipeline(scheduler, unet, id2label=id2label)
     pipeline.unet.class_embedding.weight.data *= 5
     return pipeline

@@ -12,12 +12,12 @@ class Denoiser:
     `epsilon_loss_scale`; so losses of all prediction types are the same, and can be compared.
 
     Args:
-        network: called as (noisy images [B, C, H, W], timesteps [B], return_dict=False), as a `UNet2DModel`; and with
-            class_labels=[B], if it knows classes.
+        network: called as (noisy images [B, C, H, W], timesteps [B], return_dict=False), as a `UNet2DModel` or a
+            `DiTTransformer2DModel`; and with class_labels=[B], if it has a null class. Latents are images too here.
         noise_scheduler: a `DDPMScheduler`.
         device: of the network.
-        classes: names of those that the network knows, beside the null class, which is the last; None if it knows none.
-            A sampler that measures the network (`epsilon_losses` without labels) does so by the null class.
+        null_label: the number of the network's null class, by which a sampler measures it (`epsilon_losses` without
+            labels); None of a network that knows no classes.
     """
 
     def __init__(
@@ -25,9 +25,9 @@ class Denoiser:
         network: torch.nn.Module,
         noise_scheduler,
         device: torch.device | str = "cpu",
-        classes: list[str] | None = None,
+        null_label: int | None = None,
     ):
-        self.network, self.noise_scheduler, self.classes = network, noise_scheduler, classes
+        self.network, self.noise_scheduler, self.null_label = network, noise_scheduler, null_label
         loss_scale = epsilon_loss_scale(NoiseSchedule.from_scheduler(noise_scheduler), self.prediction_type)
         self.error_scale = loss_scale.sqrt().to(device, torch.float32)  # [T]
 
@@ -61,10 +61,10 @@ class Denoiser:
         return (prediction.float() - target.float()) * self.error_scale[timesteps].view(-1, 1, 1, 1)
 
     def _conditions(self, class_labels: torch.Tensor | None, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.classes is None:
+        if self.null_label is None:
             return {}
-        null_class = torch.full_like(timesteps, len(self.classes))
-        return {"class_labels": null_class if class_labels is None else class_labels}
+        null_labels = torch.full_like(timesteps, self.null_label)
+        return {"class_labels": null_labels if class_labels is None else class_labels}
 
     @torch.no_grad()
     def epsilon_losses(

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipelines import ClassConditionalPipeline
+from pipelines import Network
 
 from .nonfinite import check_finite
 from .sharding import full_tensor, placed_like
@@ -36,24 +35,21 @@ class WeightAverage(EMAModel):
         self.shadow_params = [placed_like(new, old) for new, old in zip(self.shadow_params, placed, strict=True)]
 
 
-def averaged_pipeline(
-    accelerator: Accelerator,
-    network: torch.nn.Module,
-    ema: WeightAverage,
-    noise_scheduler: DDPMScheduler,
-    classes: list[str] | None = None,
-) -> DDPMPipeline | ClassConditionalPipeline:
-    """A pipeline of the averaged weights, which knows `classes`. All processes must call it.
+def averaged_network(accelerator: Accelerator, network: torch.nn.Module, ema: WeightAverage) -> Network:
+    """A network of diffusers' class with the averaged weights, in evaluation mode. All processes must call it.
+
+    Weights that several layers share in training are copies in it, as diffusers' class has them.
 
     Raises:
         FloatingPointError: the average is not finite.
     """
     model = accelerator.unwrap_model(network)
-    names = (name for name, _ in model.named_parameters())
-    weights = {name: full_tensor(tensor) for name, tensor in zip(names, ema.shadow_params, strict=True)}
-    check_finite(weights.values(), "averaged weights")
+    averages = {
+        id(parameter): full_tensor(tensor)
+        for parameter, tensor in zip(model.parameters(), ema.shadow_params, strict=True)
+    }
+    check_finite(averages.values(), "averaged weights")
     with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
-        average = UNet2DModel.from_config(model.config)
-    average.load_state_dict(weights)
-    parts = average.eval(), DDPMScheduler.from_config(noise_scheduler.config)
-    return DDPMPipeline(*parts) if classes is None else ClassConditionalPipeline(*parts, dict(enumerate(classes)))
+        average = type(model).from_config(model.config)
+    average.load_state_dict({name: averages[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
+    return average.eval()

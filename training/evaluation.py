@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DDPMPipeline
 
-from images import ImageDataset, training_batches
-from pipelines import ClassConditionalPipeline, sample_images
+from images import ImageDataset, LatentDataset, training_batches
+from pipelines import Pipeline, sample_images
 
 from .clock import PhaseClock
 from .data import labels_of
@@ -21,8 +20,8 @@ MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
 def build_evaluation(
     options: TrainingOptions,
     accelerator: Accelerator,
-    dataset: ImageDataset,
-    validation_images: ImageDataset | None,
+    dataset: ImageDataset | LatentDataset,
+    validation_images: ImageDataset | LatentDataset | None,
     clock: PhaseClock,
 ) -> tuple["Evaluator | None", ValidationLoss | None]:
     """What measures the model during training, as far as the options want it: by its samples, and by its loss.
@@ -34,7 +33,7 @@ def build_evaluation(
     batch_size, seed = options.train_batch_size, options.seed
     if options.eval_steps or options.eval_seconds:
         with clock.phase("eval"):
-            evaluator = Evaluator(options, dataset, accelerator, seed, batch_size)
+            evaluator = Evaluator(options, dataset.pixels, accelerator, seed, batch_size)
             evaluator.add_reference()
     if validation_images is not None:
         labels = labels_of(options, validation_images, dataset.classes)
@@ -81,9 +80,7 @@ class Evaluator:
         """What the score depends on, for a record of it."""
         return {name: getattr(self.options, name) for name in ("eval_num_images", "eval_num_inference_steps")}
 
-    def score(
-        self, pipeline: DDPMPipeline | ClassConditionalPipeline, is_abandoned: Callable[[], bool] = lambda: False
-    ) -> float | None:
+    def score(self, pipeline: Pipeline, is_abandoned: Callable[[], bool] = lambda: False) -> float | None:
         """The Fréchet distance of `eval_num_images` samples; all processes must call it.
 
         Args:

@@ -30,6 +30,8 @@ def build_noise_scheduler(options: ModelOptions, planned_num_steps: Iterable[int
     for name in settings.keys() & options.noise_scheduler.keys():
         if options.noise_scheduler[name] != settings[name]:
             raise ValueError(f"--noise_scheduler {name} {options.noise_scheduler[name]}: is given by --{flags[name]}")
+    if options.vae:
+        settings["clip_sample"] = False  # latents have no bounds
     given = f"--ddpm_beta_schedule {options.ddpm_beta_schedule} --noise_scheduler {json.dumps(options.noise_scheduler)}"
     try:
         noise_scheduler = DDPMScheduler(**{**settings, **options.noise_scheduler})

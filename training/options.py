@@ -1,6 +1,7 @@
 """The options of a training run: named, explained, and checked as far as that goes without data or network."""
 
 import importlib.util
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from recipes import JsonDict, check_ranges
 from samplers import ERROR_FILTERS, LOSS_WEIGHTINGS, METHODS, PARTS, TIMESTEP_SAMPLERS
 
+from .dit import DEFAULT, PRESETS
 from .output import FOLDERS
 
 RANGES = {
@@ -99,14 +101,28 @@ class ModelOptions:
 
     _argument_group_name = "Model and noise"
 
-    model_config_name_or_path: str | None = HfArg(default=None, help="A UNet2DModel's config; default: DDPM's.")
+    model: Literal[("unet", "dit", *PRESETS)] = HfArg(
+        default="unet", help=f"A UNet2DModel, DDPM's; or a transformer; dit is {DEFAULT}."
+    )
+    model_config_name_or_path: str | None = HfArg(default=None, help="A saved network's config, in place of that.")
     unet: JsonDict = field(default_factory=JsonDict, metadata={"help": "UNet2DModel settings, JSON; over the default."})
+    dit: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": "DiTTransformer2DModel settings, JSON; over the default."}
+    )
+    vae: str | None = HfArg(default=None, help="An AutoencoderKL's folder or Hub id: train in its latents.")
+    latents_dir: str | None = HfArg(default=None, help="Where these are kept, encoded once; default: a cache.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory, for a fourth to a third more time.")
     noise_scheduler: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
     )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(default="epsilon", help="Network's output.")
     ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
     ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
+
+    @property
+    def is_dit(self) -> bool:
+        """Whether the network is a transformer."""
+        return self.model != "unet"
 
 
 @dataclass
@@ -292,6 +308,7 @@ class TrainingOptions(
             if not getattr(self, name).strip():
                 raise ValueError(f"--{name} {getattr(self, name)!r}: must not be empty")
         check_logging_dir(self.logging_dir)
+        check_model(self)
         if self.logger == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
         check_validation(self.validation_split, self.validation_steps)
@@ -308,6 +325,22 @@ class TrainingOptions(
     def planned_num_steps(self) -> set[int]:
         """Numbers of denoising steps in which the run itself will sample."""
         return {self.ddpm_num_inference_steps, self.eval_num_inference_steps}
+
+
+def check_model(options: ModelOptions) -> None:
+    """Refuse settings of another network than the one chosen, and a place for latents where there are none.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    other = "unet" if options.is_dit else "dit"
+    if getattr(options, other):
+        raise ValueError(f"--{other} {json.dumps(getattr(options, other))}: is not of --model {options.model}")
+    for name in ("vae", "latents_dir"):
+        if getattr(options, name) is not None and not getattr(options, name).strip():
+            raise ValueError(f"--{name} {getattr(options, name)!r}: must not be empty")
+    if options.latents_dir and not options.vae:
+        raise ValueError(f"--latents_dir {options.latents_dir}: needs --vae, whose latents they are")
 
 
 def check_logging_dir(name: str) -> None:

@@ -22,11 +22,17 @@ NOT_SAVED = ("overwrite_output_dir", "resume_from_checkpoint", "dry_run", "hub_t
 RESULTS = """training_options.yaml training_summary.json metrics.jsonl timestep_density.png validation_loss.png
     README.md
     samples/final.png samples/step-*.png
-    model_index.json pipeline.py unet/config.json unet/diffusion_pytorch_model* scheduler/scheduler_config.json"""
+    model_index.json pipeline.py scheduler/scheduler_config.json
+    unet/config.json unet/diffusion_pytorch_model* transformer/config.json transformer/diffusion_pytorch_model*
+    vae/config.json vae/diffusion_pytorch_model* vqvae/config.json vqvae/diffusion_pytorch_model*"""
 CHECKPOINTS = """checkpoint-*/manifest.json checkpoint-*/model*.safetensors checkpoint-*/optimizer*.bin
     checkpoint-*/custom_checkpoint_*.pkl checkpoint-*/random_states_*.pkl checkpoint-*/process_state_*.pt
     checkpoint-*/scaler.pt checkpoint-*/pytorch_model*.bin"""
-FOLDERS = re.compile(r"unet|scheduler|samples|checkpoint-\d+", re.IGNORECASE)  # as file systems may
+FOLDERS = re.compile(  # as file systems may
+    r"unet|transformer|vae|vqvae|scheduler|samples|checkpoint-\d+", re.IGNORECASE
+)
+    r"unet|transformer|vae|vqvae|scheduler|samples|checkpoint-\d+", re.IGNORECASE
+)  # as file systems may
 
 
 class OutputDir:
@@ -205,13 +211,14 @@ def check_output_dir(output: OutputDir, *, resume: bool, overwrite: bool, checkp
         )
 
 
-def check_disk_space(folder: Path, network: torch.nn.Module) -> None:
+def check_disk_space(folder: Path, network: torch.nn.Module, vae: torch.nn.Module | None = None) -> None:
     """Refuse to start where not even one checkpoint and the pipeline fit: weights, EMA and two Adam moments, float32.
 
     Raises:
         ValueError: naming the space needed and the space free.
     """
     needed = 4 * sum(parameter.numel() for parameter in network.parameters()) * (4 + 1)
+    needed += 4 * sum(parameter.numel() for parameter in vae.parameters()) if vae else 0
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -4,15 +4,18 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from pipelines.checks import vae_factor
 from samplers import NoiseSchedule
 
 from .hub import HubUpload
 from .methods import build_sampler
+from .network import build_network, network_class
 from .noise_schedule import build_noise_scheduler
 from .options import TrainingOptions
 from .output import OutputDir
 from .resuming import Start, check_same_network, find_start
-from .unet import build_unet, load_unet_config
+from .saved_config import load_network_config
+from .vae import latent_shape, load_vae_config
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
 
@@ -35,22 +38,22 @@ def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[Outpu
 
 
 def plan_run(options: TrainingOptions) -> None:
-    """Try the network, the chains of sampling and the timestep sampler, with images of noise in place of the data.
+    """Try the network, the chains of sampling and the timestep sampler, with noise in place of images or latents.
 
-    The images' size and colours are those that the options say, where they do.
+    Their size and colours are those that the options say, where they do.
 
     Raises:
         ValueError: naming the flag that leads to something that cannot work.
     """
     schedule = NoiseSchedule.from_scheduler(build_noise_scheduler(options, options.planned_num_steps))
     channels, resolution = stand_in_shape(options)
-    # Without either, the images decide how many levels the network has
+    # Without either, the images decide how many levels a U-Net has
     has_levels = options.resolution or options.model_config_name_or_path or "block_out_channels" in options.unet
     with torch.random.fork_rng(devices=[]):
         check_batch_memory(options, channels, resolution)
-        if has_levels:
+        if has_levels or options.is_dit:
             with torch.device("meta"):
-                build_unet(options, channels, resolution, stand_in_classes(options))
+                build_network(options, channels, resolution, stand_in_classes(options))
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:
@@ -71,19 +74,34 @@ def stand_in_classes(options: TrainingOptions) -> int | None:
 
 
 def stand_in_shape(options: TrainingOptions) -> tuple[int, int]:
-    """(C, resolution) of images that the options would allow; the images themselves may be others."""
-    channels, size = options.unet.get("in_channels"), options.unet.get("sample_size")
-    if options.image_mode != "auto" or channels not in (1, 3):
-        channels = CHANNELS[options.image_mode]
-    if options.resolution:
-        return channels, options.resolution
-    return channels, size if type(size) is int and size > 0 else stand_in_resolution(options)
+    """(C, side) of images that the options would allow, or of their latents; the images themselves may be others.
+
+    Raises:
+        ValueError: images that the VAE does not take.
+    """
+    if options.vae is None:
+        settings = options.dit if options.is_dit else options.unet
+        channels, size = settings.get("in_channels"), settings.get("sample_size")
+        if options.image_mode != "auto" or channels not in (1, 3):
+            channels = CHANNELS[options.image_mode]
+        if options.resolution:
+            return channels, options.resolution
+        return channels, size if type(size) is int and size > 0 else stand_in_resolution(options)
+    config = load_vae_config(options.vae)
+    channels = config["in_channels"] if options.image_mode == "auto" else CHANNELS[options.image_mode]
+    resolution = options.resolution or stand_in_resolution(options) * vae_factor(config)
+    return latent_shape(options.vae, config, channels, resolution)
 
 
 def stand_in_resolution(options: TrainingOptions) -> int:
-    """A size that the network can halve as often as it has levels."""
-    config = load_unet_config(options.model_config_name_or_path) if options.model_config_name_or_path else {}
-    widths = (config | options.unet).get("block_out_channels", ())
+    """A side that the network can halve as often as it has levels, or divide into patches."""
+    saved = {}
+    if options.model_config_name_or_path:
+        saved = load_network_config(options.model_config_name_or_path, network_class(options))
+    if options.is_dit:
+        patch_size = (saved | options.dit).get("patch_size")
+        return 8 * patch_size if type(patch_size) is int and 0 < patch_size < 2**12 else 32
+    widths = (saved | options.unet).get("block_out_channels", ())
     return max(32, 2 ** min(len(widths), 12)) if isinstance(widths, list | tuple) else 32
 
 

@@ -1,13 +1,13 @@
 """What a run makes of its averaged weights, outside of the training clock: the pipeline, sample grids, scores."""
 
 from functools import partial
+from typing import NamedTuple
 
-from diffusers import DDPMPipeline
+from diffusers import AutoencoderKL, DDPMScheduler
 
-from pipelines import ClassConditionalPipeline, make_grid_image, sample_images
+from pipelines import Pipeline, make_grid_image, make_pipeline, sample_images
 
-from .denoiser import Denoiser
-from .ema import averaged_pipeline
+from .ema import averaged_network
 from .evaluation import Evaluator
 from .log import TrainingLog
 from .metrics import bin_of_timestep
@@ -19,6 +19,19 @@ from .stopping import StopCondition
 from .validation import ValidationLoss
 
 MOST_COLUMNS = 20
+
+
+class PipelineParts(NamedTuple):
+    """What a pipeline has beside its network.
+
+    Attributes:
+        id2label: {0: "airplane", ...}; None without classes.
+        vae: of whose latents the network is; None for images.
+    """
+
+    noise_scheduler: DDPMScheduler
+    id2label: dict[int, str] | None = None
+    vae: AutoencoderKL | None = None
 
 
 class Results:
@@ -34,7 +47,7 @@ class Results:
         self,
         options: SampleOptions,
         state: TrainingState,
-        denoiser: Denoiser,
+        parts: PipelineParts,
         output: OutputDir,
         log: TrainingLog,
         stop: StopCondition,
@@ -42,7 +55,7 @@ class Results:
         evaluator: Evaluator | None,
         validation: ValidationLoss | None,
     ):
-        self.options, self.state, self.denoiser, self.output = options, state, denoiser, output
+        self.options, self.state, self.parts, self.output = options, state, parts, output
         self.log, self.stop, self.seed = log, stop, seed
         self.evaluator, self.validation = evaluator, validation
         self.accelerator, self.clock = state.accelerator, state.clock
@@ -70,8 +83,8 @@ class Results:
 
     def _columns(self) -> int | None:
         """Of a grid: one for each class, if there are few; image i is of class i mod N."""
-        classes = self.denoiser.classes or []
-        return len(classes) if 1 < len(classes) <= min(MOST_COLUMNS, self.options.eval_batch_size) else None
+        num_classes = len(self.parts.id2label or {})
+        return num_classes if 1 < num_classes <= min(MOST_COLUMNS, self.options.eval_batch_size) else None
 
     def log_score(self) -> None:
         """Write a score of samples to the log."""
@@ -83,17 +96,16 @@ class Results:
     def log_validation_loss(self, last: bool = False) -> None:
         """Write the loss on the validation images to the log, by timestep. last: as in `TrainingLog.write`."""
         with self.clock.phase("validation"):
-            network, denoiser = self._pipeline().unet.to(self.accelerator.device), self.denoiser
-            loss, by_timestep = self.validation.measure(network, denoiser.noise_scheduler, denoiser.classes)
+            network = averaged_network(self.accelerator, self.state.network, self.state.ema)
+            loss, by_timestep = self.validation.measure(network.to(self.accelerator.device), self.parts.noise_scheduler)
             names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
             scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
             self.log.add({"validation_loss": loss}, scalars, last, validation_loss_by_timestep=by_timestep)
 
-    def _pipeline(self) -> DDPMPipeline | ClassConditionalPipeline:
-        denoiser = self.denoiser
-        return averaged_pipeline(
-            self.accelerator, denoiser.network, self.state.ema, denoiser.noise_scheduler, denoiser.classes
-        )
+    def _pipeline(self) -> Pipeline:
+        network = averaged_network(self.accelerator, self.state.network, self.state.ema)
+        scheduler = DDPMScheduler.from_config(self.parts.noise_scheduler.config)
+        return make_pipeline(network, scheduler, self.parts.id2label, self.parts.vae)
 
 
 def timestep_ranges(num_train_timesteps: int, num_bins: int) -> list[str]:

@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DModel
 
 from images import check_output_outside_data
+from pipelines import null_label
 from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
+from .network import network_config, network_on_meta
 from .options import ClassOptions, TrainingOptions
 from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
-from .unet import unet_config, unet_on_meta
 
 logger = logging.getLogger(__name__)
 
@@ -91,22 +91,28 @@ def check_same_network(options: TrainingOptions, start: Start) -> None:
     Raises:
         ValueError: naming the settings that differ.
     """
-    saved = start.process_state.get("unet")
+    saved = start.process_state.get("network") or start.process_state.get("unet")  # as earlier versions call it
     if saved is None:
         return
-    if options.class_conditional and not saved["num_class_embeds"]:
+    if options.is_dit != ("patch_size" in saved):
+        raise ValueError(f"--model {options.model}: the network in {start.checkpoint} is a {saved['_class_name']}")
+    if options.class_conditional and null_label(saved) is None:
         raise ValueError(f"--class_conditional: the network in {start.checkpoint} knows no classes")
-    num_classes = saved["num_class_embeds"] - 1 if options.class_conditional else None
-    now = unet_config(options, saved["in_channels"], saved["sample_size"], num_classes)
+    num_classes = null_label(saved) if options.class_conditional else None
+    now = network_config(options, saved["in_channels"], saved["sample_size"], num_classes)
     if parameter_shapes(saved) != parameter_shapes(now):
-        defaults = {name: value for name, value in UNet2DModel().config.items() if not name.startswith("_")}
-        now = {name: now.get(name, default) for name, default in defaults.items()}
-        differ = [name for name in defaults if plain(saved.get(name)) != plain(now[name])]
-        listed = "; ".join(f"{name} was {saved.get(name)}, now {now[name]}" for name in differ)
+        defaults = without_private(network_on_meta(now).config)
+        differ = [name for name, value in defaults.items() if plain(saved.get(name)) != plain(value)]
+        listed = "; ".join(f"{name} was {saved.get(name)}, now {defaults[name]}" for name in differ)
         raise ValueError(
-            f"--resume_from_checkpoint {start.checkpoint}: is of another network than --unet and "
-            f"--model_config_name_or_path describe: {listed}"
+            f"--resume_from_checkpoint {start.checkpoint}: is of another network than the options (--model, --unet, "
+            f"--dit, --model_config_name_or_path) describe: {listed}"
         )
+
+
+def without_private(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers config without the entries about versions and folders."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def plain(value: Any) -> Any:
@@ -115,8 +121,8 @@ def plain(value: Any) -> Any:
 
 
 def parameter_shapes(config: dict) -> list[tuple]:
-    unet = unet_on_meta({name: value for name, value in config.items() if not name.startswith("_")})
-    return [(name, tuple(parameter.shape)) for name, parameter in unet.named_parameters()]
+    network = network_on_meta(without_private(config))
+    return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
 
 
 def check_same_classes(options: ClassOptions, identity: dict[str, Any], start: Start) -> None:

@@ -106,7 +106,7 @@ class TrainingState:
 def build_state(
     options: OptimizationOptions,
     accelerator: Accelerator,
-    unet: torch.nn.Module,
+    network: torch.nn.Module,
     sampler: TimestepSampler,
     data: dict[str, Any],
     clock: PhaseClock,
@@ -115,12 +115,12 @@ def build_state(
     """The state at the beginning, with AdamW and the average of the weights.
 
     Args:
-        unet: moves to the accelerator's device.
+        network: moves to the accelerator's device.
         data: what tells the images, of `training.data.identify`.
         max_steps: of the whole run; None where only time is limited.
     """
     optimizer = torch.optim.AdamW(
-        unet.to(accelerator.device).parameters(),
+        network.to(accelerator.device).parameters(),
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
@@ -130,8 +130,8 @@ def build_state(
     lr_scheduler = get_scheduler(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
     )
-    choose_kernels(unet, accelerator.device, accelerator.mixed_precision, options.compile)
-    network, optimizer = accelerator.prepare(unet, optimizer)
+    choose_kernels(network, accelerator.device, accelerator.mixed_precision, options.compile)
+    network, optimizer = accelerator.prepare(network, optimizer)
     ema = WeightAverage(
         network.parameters(),
         decay=options.ema_max_decay if options.use_ema else 0.0,
@@ -154,7 +154,7 @@ def build_state(
         clock=clock,
         images_per_step=options.images_per_process * accelerator.num_processes,
         max_grad_norm=options.max_grad_norm,
-        made_for={"unet": network_config, "data": data},
+        made_for={"network": network_config, "data": data},
     )
 
 

@@ -1,8 +1,12 @@
 """The random numbers of an update."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from accelerate import Accelerator
 
+from images import ImageDataset
 from samplers import antithetic_randn, fold_seed
 
 
@@ -14,26 +18,34 @@ class StepRandom:
     Args:
         seed: of the run.
         accelerator: whose processes share the numbers out, and on whose device they are drawn.
+        to_inputs: of the data set: makes the network's inputs of a batch.
         random_flip: whether half of the images are to be mirrored.
-        class_dropout: how often a label is withheld.
-        num_classes: the number of the null class, which then stands in its place; None where there are no labels.
+        class_dropout: how often a label is withheld; 1 for an unconditional network.
+        null_label: the number of the null class, which then stands in its place; None of a network without classes.
     """
 
     def __init__(
         self,
         seed: int,
         accelerator: Accelerator,
+        to_inputs: Callable[..., torch.Tensor] = ImageDataset.to_inputs,
         random_flip: bool = False,
         class_dropout: float = 0.0,
-        num_classes: int | None = None,
+        null_label: int | None = None,
     ):
-        self.random_flip, self.class_dropout, self.num_classes = random_flip, class_dropout, num_classes
+        self.to_inputs, self.random_flip = to_inputs, random_flip
+        self.class_dropout, self.null_label = class_dropout, null_label
         self.seed, self.rank, self.world_size = seed, accelerator.process_index, accelerator.num_processes
         self.generator = torch.Generator(accelerator.device)
 
     def begin(self, step: int) -> None:
         """Go to the numbers of update number `step`."""
         self.generator.manual_seed(fold_seed(self.seed, step, stream=1))
+
+    def inputs(self, batch: torch.Tensor) -> torch.Tensor:
+        """float32 [B, C, H, W] what the network is trained on: images, mirrored at random; or latents, drawn at random
+        from their posterior."""
+        return self.to_inputs(batch, self.flips(len(batch)), partial(self.noise, antithetic=False))
 
     def flips(self, count: int) -> torch.Tensor | None:
         """[count] bool, which images to mirror; or None. It draws in either case: the noise must not depend on it."""
@@ -46,10 +58,10 @@ class StepRandom:
 
     def drop_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B] the labels of a batch, some of them withheld."""
-        if self.num_classes is None:
+        if self.null_label is None:
             return labels
         is_dropped = self._share(torch.rand, len(labels)) < self.class_dropout
-        return labels.masked_fill(is_dropped, self.num_classes)
+        return labels.masked_fill(is_dropped, self.null_label)
 
     def _share(self, draw, batch_size: int, *shape: int) -> torch.Tensor:
         numbers = draw(batch_size * self.world_size, *shape, generator=self.generator, device=self.generator.device)

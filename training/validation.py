@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from images import ImageDataset, normalize
+from images import ImageDataset, LatentDataset
+from pipelines import null_label
 from samplers import fold_seed
 
 from .denoiser import Denoiser
@@ -63,13 +64,14 @@ class ValidationLoss:
 
     def __init__(
         self,
-        images: ImageDataset,
+        images: ImageDataset | LatentDataset,
         labels: torch.Tensor,
         num_train_timesteps: int,
         batch_size: int,
         accelerator: Accelerator,
     ):
         self.images, indices = images.random_sample(NUM_EXAMPLES)
+        self.to_inputs, self.image_shape = images.to_inputs, images.image_shape
         self.labels = labels[indices]
         self.accelerator, self.batch_size = accelerator, max(batch_size, BATCH_SIZE)
         self.num_train_timesteps = num_train_timesteps
@@ -81,16 +83,11 @@ class ValidationLoss:
         self,
         network: torch.nn.Module,
         noise_scheduler: DDPMScheduler,
-        classes: list[str] | None = None,
     ) -> tuple[float | None, list[float | None]]:
         """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device. All processes must call
-        it. Losses that are not finite are left out.
-
-        Args:
-            classes: that the network knows.
-        """
+        it. Losses that are not finite are left out."""
         accelerator, device = self.accelerator, self.accelerator.device
-        denoiser = Denoiser(network, noise_scheduler, device, classes)
+        denoiser = Denoiser(network, noise_scheduler, device, null_label(network.config))
         meter = LossMeter(self.num_train_timesteps, device)
         share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
         for numbers in share.split(self.batch_size):
@@ -101,13 +98,15 @@ class ValidationLoss:
     def _losses(self, denoiser: Denoiser, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(timesteps [B], losses [B], losses [B]) of the examples of these numbers."""
         device = self.accelerator.device
-        images = normalize(self.images[self.image_numbers[numbers]]).to(device)
-        labels, timesteps = self.labels[self.image_numbers[numbers]].to(device), self.timesteps[numbers].to(device)
-        noise = torch.stack([self._noise(number) for number in numbers.tolist()]).to(device)
+        image_numbers = self.image_numbers[numbers]
+        latent_noise = self._noise(image_numbers + NUM_EXAMPLES)  # an image has one latent, however often it comes
+        images = self.to_inputs(self.images[image_numbers], draw=lambda shape: latent_noise).to(device)
+        labels, timesteps = self.labels[image_numbers].to(device), self.timesteps[numbers].to(device)
+        noise = self._noise(numbers).to(device)
         losses = denoiser.epsilon_losses(images, noise, timesteps, labels)
         return timesteps, losses, losses
 
-    def _noise(self, number: int) -> torch.Tensor:
-        """[C, H, W] drawn on the CPU, whose generator is the same everywhere."""
-        generator = torch.Generator().manual_seed(fold_seed(SEED, number))
-        return torch.randn(self.images.shape[1:], generator=generator)
+    def _noise(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] by number, drawn on the CPU, whose generator is the same everywhere."""
+        generators = (torch.Generator().manual_seed(fold_seed(SEED, number)) for number in numbers.tolist())
+        return torch.stack([torch.randn(self.image_shape, generator=generator) for generator in generators])

@@ -1,0 +1,64 @@
+"""The latents of a run's images, encoded once."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from images import ImageDataset, LatentDataset, open_latents
+from pipelines.weights import hash_weights
+
+from .options import TrainingOptions
+from .vae import latent_shape
+
+CACHE = "adaptive_ddpm_latents"  # beside the data sets'
+
+
+def encode_images(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    dataset: ImageDataset,
+    validation_images: ImageDataset | None,
+) -> tuple[LatentDataset, LatentDataset | None]:
+    """(Latents to train on, those to measure the validation loss on or None): read where they have been encoded before.
+
+    All processes must call it, and share the work.
+
+    Raises:
+        ValueError: images that the VAE does not take, or `--latents_dir` holds something else.
+        OSError: they cannot be written.
+    """
+    latent_shape(options.vae, vae.config, dataset.channels, dataset.resolution)
+    identity = {"vae": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
+    vae.to(accelerator.device)
+
+    def encode(images: ImageDataset, part: str) -> LatentDataset:
+        return open_latents(
+            images,
+            vae,
+            latents_folder(options, images, identity) / part,
+            identity=identity,
+            mirrored=options.random_flip,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+            show_progress=accelerator.is_local_main_process,
+        )
+
+    latents = encode(dataset, "train")
+    accelerator.print(f"latents: {latents.describe()}")
+    return latents, None if validation_images is None else encode(validation_images, "validation")
+
+
+def latents_folder(options: TrainingOptions, images: ImageDataset, identity: dict) -> Path:
+    """`--latents_dir`; by default a folder of the cache, of its own for each data set, size and VAE."""
+    if options.latents_dir:
+        return Path(options.latents_dir)
+    made_of = {**identity, "images": images.fingerprint(), "shape": images.image_shape, "mirrored": options.random_flip}
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(options.cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE / key
