@@ -13,6 +13,7 @@ from .batches import ImageBatches, image_order, training_batches
 from .dataset import ImageDataset, counted, normalize
 from .decoding import BadImage, ImageError, decode_image
 from .folders import check_output_outside_data
+from .latents import LatentDataset, open_latents, sample_posterior
 from .opening import open_images
 
 __all__ = [
@@ -20,11 +21,14 @@ __all__ = [
     "ImageBatches",
     "ImageDataset",
     "ImageError",
+    "LatentDataset",
     "check_output_outside_data",
     "counted",
     "decode_image",
     "image_order",
     "normalize",
     "open_images",
+    "open_latents",
+    "sample_posterior",
     "training_batches",
 ]

@@ -168,7 +168,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if len(self) < 2:
             raise ValueError(f"{self.name}: of one image none can be held out")
         count = min(max(round(share * len(self)), 1), len(self) - 1)
-        order = self._random_order()
+        order = self.random_order()
         return self._part(order[count:], "image held out"), self._part(order[:count], "image to train on")
 
     def _part(self, indices: torch.Tensor, left_out: str) -> "ImageDataset":
@@ -256,7 +256,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Up to `count` of the images that can be decoded, at random but always the same: uint8 [N, C, H, W], and their
         N indices."""
         images, indices = [], []
-        for i in self._random_order().tolist():
+        for i in self.random_order().tolist():
             image, bad = self.image_or_next(i)
             self.note_bad_images(bad)
             if not bad:
@@ -266,7 +266,8 @@ class ImageDataset(torch.utils.data.Dataset):
                 break
         return torch.stack(images), indices
 
-    def _random_order(self) -> torch.Tensor:
+    def random_order(self) -> torch.Tensor:
+        """int64 [N], a permutation that depends on N alone."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
 
     def decode_all(self, num_workers: int | None = None, show_progress: bool = True) -> torch.Tensor:
@@ -284,26 +285,18 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
         pixels, bad, sizes = images.numpy(), {}, Counter()
-
-        def decode_rows(start: int) -> tuple[int, list[tuple[int, int]]]:
-            entries = self._images[start : start + ROWS_PER_TASK]
-            found = []
-            for i, entry in enumerate(entries, start):
-                try:
-                    image = self._decode(i, entry)
-                    pixels[i] = self._fit(image)
-                    found.append(image.size)
-                except BadImage as error:
-                    bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
-            return len(entries), found
-
+        starts = range(0, len(self), ROWS_PER_TASK)
+        parts = [pixels[start : start + ROWS_PER_TASK] for start in starts]
         bar = progress_bar(total=len(self), desc=f"Decoding {self.name}", unit="image", disable=not show_progress)
         pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8))
         with bar, pool:
             try:
-                for count, found in pool.map(decode_rows, range(0, len(self), ROWS_PER_TASK)):
-                    bar.update(count)
-                    sizes.update(found)
+                for part, (bad_of_part, sizes_of_part) in zip(
+                    parts, pool.map(self.decode_rows, starts, parts), strict=True
+                ):
+                    bar.update(len(part))
+                    bad.update(bad_of_part)
+                    sizes.update(sizes_of_part)
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # else the error would be heard after all the rest is decoded
                 raise
@@ -312,6 +305,34 @@ class ImageDataset(torch.utils.data.Dataset):
             images = self._without(images, bad)
         self.note_sizes(sizes, is_complete=True)
         return images
+
+    def decode_rows(self, start: int, pixels: np.ndarray) -> tuple[dict[int, str], list[tuple[int, int]]]:
+        """Decode images from `start` on into `pixels`, uint8 [count, C, H, W], where bad ones leave what is there.
+
+        Returns:
+            {index: why} of the bad ones, and the sizes before resizing of the others.
+        """
+        bad, sizes = {}, []
+        for i, entry in enumerate(self._images[start : start + len(pixels)], start):
+            try:
+                image = self._decode(i, entry)
+                pixels[i - start] = self._fit(image)
+                sizes.append(image.size)
+            except BadImage as error:
+                bad[i] = str(error)  # not the error itself, whose traceback would keep the image alive
+        return bad, sizes
+
+    def leave_out(self, bad: dict[int, str]) -> None:
+        """Skip bad images, index -> why, and say so; or raise `bad_images_error`, as on_bad_image says."""
+        self.check_bad_images(bad)
+        if bad:
+            self.note_bad_images(bad)
+            logger.warning("Skipping bad images. %s", _bad_images_summary(self.name, bad))
+
+    def check_bad_images(self, bad: dict[int, str]) -> None:
+        """Raise `bad_images_error` where there are bad images, index -> why, that cannot be skipped."""
+        if bad and (not self._skip or len(bad) == len(self)):
+            raise bad_images_error(self.name, bad, len(self))
 
     def _decode(self, index: int, entry: Entry) -> Image.Image:
         """Decode one image to "L" or "RGB", at its own size."""
@@ -336,10 +357,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _without(self, images: torch.Tensor, bad: dict[int, str]) -> torch.Tensor:
         """Drop the images at the indices in `bad` from [N, C, H, W], or raise, as on_bad_image says."""
-        if not self._skip or len(bad) == len(self):
-            raise bad_images_error(self.name, bad, len(self))
-        self.note_bad_images(bad)
-        logger.warning("Skipping bad images. %s", _bad_images_summary(self.name, bad))
+        self.leave_out(bad)
         good = [i for i in range(len(images)) if i not in bad]
         for to, i in enumerate(good):  # in place: a second copy might not fit
             images[to] = images[i]
