@@ -13,7 +13,7 @@ from .batches import ImageBatches, image_order, training_batches
 from .dataset import ImageDataset, counted, normalize
 from .decoding import BadImage, ImageError, decode_image
 from .folders import check_output_outside_data
-from .latents import LatentDataset, open_latents, sample_posterior
+from .latents import LatentDataset, latent_shape, open_latents, sample_posterior
 from .opening import open_images
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "counted",
     "decode_image",
     "image_order",
+    "latent_shape",
     "normalize",
     "open_images",
     "open_latents",

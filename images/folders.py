@@ -139,14 +139,14 @@ def has_only_archives(listing: Listing) -> bool:
     return not found and bool(extensions) and extensions <= ARCHIVES
 
 
-def check_output_outside_data(output_dir: str, dataset_name: str) -> None:
-    """Raise ValueError if what a run writes would become part of its data."""
+def check_output_outside_data(output_dir: str, dataset_name: str, flag: str = "--output_dir") -> None:
+    """Raise ValueError if what a run writes would become part of its data. flag: what the folder was called by."""
     data = Path(dataset_name).expanduser()
     if dataset_name == "digits" or not data.is_dir():
         return
     output = Path(output_dir).expanduser().resolve()
     if output.is_relative_to(data.resolve()):
         raise ValueError(
-            f"--output_dir {output_dir}: is inside --dataset_name {dataset_name}, so that the run's pictures would "
+            f"{flag} {output_dir}: is inside --dataset_name {dataset_name}, so that what the run writes there would "
             "become data; choose a folder outside"
         )

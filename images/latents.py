@@ -63,7 +63,7 @@ def open_latents(
             be decoded (with "skip": all of them); the VAE cannot encode them, or not within float16.
         OSError: a file cannot be written.
     """
-    shape = (len(dataset), 2 if mirrored else 1, 2, *latent_shape(dataset, vae))
+    shape = (len(dataset), 2 if mirrored else 1, 2, *latent_shape(vae.config, dataset.channels, dataset.resolution))
     settings = {"vae": identity, **_settings_of(dataset), "mirrored": mirrored, "batch_size": batch_size}
     files = LatentFiles(folder, shape, batch_size, settings)
     missing = files.missing_blocks()  # each process looks before any writes a block
@@ -81,18 +81,19 @@ def open_latents(
     return latents
 
 
-def latent_shape(dataset: ImageDataset, vae: "AutoencoderKL") -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images. Raises ValueError if the VAE cannot encode them."""
-    config = vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    if dataset.channels != config.in_channels:
-        raise ValueError(
-            f"--image_mode: images of {dataset.name} have {dataset.channels} channel(s), and the VAE encodes "
-            f"{config.in_channels}: L has one, RGB has three"
-        )
-    if dataset.resolution % factor:
-        raise ValueError(f"--resolution {dataset.resolution}: is no multiple of {factor}, by which the VAE divides it")
-    return config.latent_channels, dataset.resolution // factor, dataset.resolution // factor
+def latent_shape(vae_config: dict[str, Any], channels: int, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images of `channels` and side `resolution`.
+
+    Raises:
+        ValueError: the VAE cannot encode them; naming the flag.
+    """
+    factor, taken = 2 ** (len(vae_config["block_out_channels"]) - 1), vae_config["in_channels"]
+    if channels != taken:
+        hint = f"; pass --image_mode {'L' if taken == 1 else 'RGB'}" if taken in (1, 3) else ""
+        raise ValueError(f"--vae: encodes images of {taken} channel(s), and these have {channels}{hint}")
+    if resolution % factor:
+        raise ValueError(f"--resolution {resolution}: is no multiple of {factor}, by which the VAE divides it")
+    return vae_config["latent_channels"], resolution // factor, resolution // factor
 
 
 def _settings_of(dataset: ImageDataset) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class LatentDataset(torch.utils.data.Dataset):
     It has what training uses of an `ImageDataset`, with the images in the same order, and the same ones left out.
 
     Attributes:
-        images: the `ImageDataset` that it is of.
+        pixels: the `ImageDataset` that it is of.
         name: of the images.
         classes: of the images; None without labels.
         image_shape: (C, h, w) of a latent.
@@ -127,7 +128,7 @@ class LatentDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: ImageDataset, files: LatentFiles):
-        self.images = images
+        self.pixels = images
         self.name, self.classes = images.name, images.classes
         self.image_shape = files.shape[-3:]
         self.channels, self.resolution, _ = self.image_shape
@@ -138,10 +139,10 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __reduce__(self) -> tuple:
         # A DataLoader's worker that is not forked opens the files itself: pickled, the blocks are all that is in them
-        return LatentDataset, (self.images, self._files)
+        return LatentDataset, (self.pixels, self._files)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pixels)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.image_or_next(index)[0]
@@ -154,24 +155,24 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def labels(self, classes: list[str] | None = None) -> torch.Tensor:
         """See `ImageDataset.labels`."""
-        return self.images.labels(classes)
+        return self.pixels.labels(classes)
 
     def describe(self) -> str:
         """One line: of what size the latents are, and what the images are."""
-        return f"latents {'x'.join(map(str, self.image_shape))} of {self.images.describe()}"
+        return f"latents {'x'.join(map(str, self.image_shape))} of {self.pixels.describe()}"
 
     def contents(self) -> dict[str, Any]:
         """See `ImageDataset.contents`."""
-        return self.images.contents()
+        return self.pixels.contents()
 
     def fingerprint(self) -> str:
         """That of the images, and a checksum of the VAE's identity."""
         vae = json.dumps(self._files.settings["vae"], sort_keys=True)
-        return f"{self.images.fingerprint()}-{zlib.crc32(vae.encode()):08x}"
+        return f"{self.pixels.fingerprint()}-{zlib.crc32(vae.encode()):08x}"
 
     def add_note(self, note: str) -> None:
         """See `ImageDataset.add_note`."""
-        self.images.add_note(note)
+        self.pixels.add_note(note)
 
     def note_bad_images(self, indices: Iterable[int]) -> None:
         """All are known: a stream of latents finds no others."""
@@ -194,11 +195,19 @@ class LatentDataset(torch.utils.data.Dataset):
         spacing = max(len(self) / count, 1)
         moments = torch.stack([self[int(i * spacing)] for i in range(min(count, len(self)))])
         noise = torch.randn(len(moments), *self.image_shape, generator=torch.Generator().manual_seed(0))
-        return sample_posterior(moments, noise)
+        flips = torch.arange(len(moments)) % 2 == 1 if moments.shape[1] == 2 else None  # half of each, as in training
+        return sample_posterior(moments, noise, flips)
+
+    @staticmethod
+    def to_inputs(
+        batch: torch.Tensor, flips: torch.Tensor | None, draw: Callable[[torch.Size], torch.Tensor]
+    ) -> torch.Tensor:
+        """`sample_posterior` of moments [B, V, 2, C, h, w], with noise that `draw` makes of a shape."""
+        return sample_posterior(batch, draw(batch[:, 0, 0].shape), flips)
 
     def random_sample(self, count: int) -> tuple[torch.Tensor, list[int]]:
         """Moments [N, V, 2, C, h, w] of the images that `ImageDataset.random_sample` chooses, and their N indices."""
-        indices = [i for i in self.images.random_order().tolist() if i not in self.bad][:count]
+        indices = [i for i in self.pixels.random_order().tolist() if i not in self.bad][:count]
         return torch.stack([self[i] for i in indices]), indices
 
     def decode_all(self, num_workers: int | None = None, show_progress: bool = True) -> torch.Tensor:

@@ -4,7 +4,7 @@ from pipelines.checks import image_shape, sample_shape
 from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids, network_of, null_label
 from pipelines.denoising import denoising_steps
 from pipelines.kernels import choose_kernels
-from pipelines.kinds import Network, Pipeline, make_pipeline, vae_of
+from pipelines.kinds import Network, Pipeline, make_pipeline, pipeline_class, vae_of
 from pipelines.loading import check_variant, load_configs, load_pipeline
 from pipelines.pictures import make_grid_image, to_pil
 from pipelines.sampling import EVERYWHERE, sample_images
@@ -25,6 +25,7 @@ __all__ = [
     "make_pipeline",
     "network_of",
     "null_label",
+    "pipeline_class",
     "sample_images",
     "sample_shape",
     "to_pil",

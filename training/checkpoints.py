@@ -59,6 +59,18 @@ def _write_checkpoint(accelerator: Accelerator, output: OutputDir, final: Path, 
             put_in_place(partial, final)
 
 
+def save_shared_weights_once(
+    networks: list[torch.nn.Module], state_dicts: list[dict[str, torch.Tensor]], folder: str
+) -> None:
+    """For `accelerator.register_save_state_pre_hook`: of weights that several layers share, the first name is saved.
+    accelerate would leave out the others itself, with a warning each time."""
+    for network, state_dict in zip(networks, state_dicts, strict=True):
+        first_names = {name for name, _ in network.named_parameters()}
+        all_names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+        for name in all_names - first_names:
+            state_dict.pop(name, None)
+
+
 def put_in_place(partial: Path, final: Path) -> None:
     """Rename a folder; into one that holds files of others already, file by file, the manifest last."""
     if not final.exists():

@@ -23,6 +23,10 @@ LOCK_FILE = ".lock"
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+class FolderInUse(ValueError):
+    """Another process holds it."""
+
+
 @contextmanager
 def folder_lock(folder: Path | str, flag: str = "--output_dir") -> Iterator[None]:
     """Create `folder` if need be, and hold it for this process as long as the block lasts.
@@ -37,7 +41,8 @@ def folder_lock(folder: Path | str, flag: str = "--output_dir") -> Iterator[None
         flag: what the user called it by, for the error.
 
     Raises:
-        ValueError: another process holds it, which is named; or it cannot be made or written to.
+        FolderInUse: another process holds it, which is named.
+        ValueError: it cannot be made or written to.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -63,7 +68,7 @@ def _lock(path: Path, named_folder: str) -> TextIO:
         file = path.open("a+")  # what is in it names the holder, so it is not emptied yet
         try:
             if not _lock_file(file):
-                raise ValueError(f"{named_folder}: is in use by {_holder(path)}; wait for its end, or choose another")
+                raise FolderInUse(f"{named_folder}: is in use by {_holder(path)}; wait for its end, or choose another")
             if _is_same_file(file, path):  # and not one that its holder has just removed
                 file.truncate(0)
                 file.write(json.dumps(_this_process()))

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import logging
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from images import ImageDataset, LatentDataset, open_latents
+from images import ImageDataset, LatentDataset, latent_shape, open_latents
 from pipelines.weights import hash_weights
 
+from .folder_lock import FolderInUse, folder_lock
 from .options import TrainingOptions
-from .vae import latent_shape
+
+logger = logging.getLogger(__name__)
 
 CACHE = "adaptive_ddpm_latents"  # beside the data sets'
 
@@ -32,15 +37,16 @@ def encode_images(
         ValueError: images that the VAE does not take, or `--latents_dir` holds something else.
         OSError: they cannot be written.
     """
-    latent_shape(options.vae, vae.config, dataset.channels, dataset.resolution)
-    identity = {"vae": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
+    latent_shape(vae.config, dataset.channels, dataset.resolution)
+    identity = {"sha256": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
     vae.to(accelerator.device)
+    folder = latents_folder(options, dataset, identity)
 
     def encode(images: ImageDataset, part: str) -> LatentDataset:
         return open_latents(
             images,
             vae,
-            latents_folder(options, images, identity) / part,
+            folder / part,
             identity=identity,
             mirrored=options.random_flip,
             device=accelerator.device,
@@ -50,15 +56,34 @@ def encode_images(
             show_progress=accelerator.is_local_main_process,
         )
 
-    latents = encode(dataset, "train")
-    accelerator.print(f"latents: {latents.describe()}")
-    return latents, None if validation_images is None else encode(validation_images, "validation")
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            lock_when_free(held, folder)
+        accelerator.wait_for_everyone()
+        latents = encode(dataset, "train")
+        validation_latents = None if validation_images is None else encode(validation_images, "validation")
+        accelerator.wait_for_everyone()
+    accelerator.print(latents.describe())
+    return latents, validation_latents
+
+
+def lock_when_free(held: ExitStack, folder: Path) -> None:
+    """Wait until no other run encodes into the folder, which is then there to be read, and hold it."""
+    is_said = False
+    while True:
+        try:
+            return held.enter_context(folder_lock(folder, "--latents_dir"))
+        except FolderInUse as error:
+            if not is_said:
+                logger.warning(f"waiting: {error}")
+            is_said = True
+            time.sleep(1)
 
 
 def latents_folder(options: TrainingOptions, images: ImageDataset, identity: dict) -> Path:
     """`--latents_dir`; by default a folder of the cache, of its own for each data set, size and VAE."""
     if options.latents_dir:
-        return Path(options.latents_dir)
+        return Path(options.latents_dir).expanduser()
     made_of = {**identity, "images": images.fingerprint(), "shape": images.image_shape, "mirrored": options.random_flip}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Path(options.cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE / key

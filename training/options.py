@@ -1,7 +1,6 @@
 """The options of a training run: named, explained, and checked as far as that goes without data or network."""
 
 import importlib.util
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -328,14 +327,7 @@ class TrainingOptions(
 
 
 def check_model(options: ModelOptions) -> None:
-    """Refuse settings of another network than the one chosen, and a place for latents where there are none.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    other = "unet" if options.is_dit else "dit"
-    if getattr(options, other):
-        raise ValueError(f"--{other} {json.dumps(getattr(options, other))}: is not of --model {options.model}")
+    """Refuse an empty name, and a place for latents where there are none. Raises ValueError, naming the flag."""
     for name in ("vae", "latents_dir"):
         if getattr(options, name) is not None and not getattr(options, name).strip():
             raise ValueError(f"--{name} {getattr(options, name)!r}: must not be empty")

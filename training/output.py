@@ -31,8 +31,6 @@ CHECKPOINTS = """checkpoint-*/manifest.json checkpoint-*/model*.safetensors chec
 FOLDERS = re.compile(  # as file systems may
     r"unet|transformer|vae|vqvae|scheduler|samples|checkpoint-\d+", re.IGNORECASE
 )
-    r"unet|transformer|vae|vqvae|scheduler|samples|checkpoint-\d+", re.IGNORECASE
-)  # as file systems may
 
 
 class OutputDir:

@@ -1,9 +1,13 @@
 """A run tried out on stand-ins, so that what cannot work is refused before any data is read."""
 
+import json
+import logging
+
 import psutil
 import torch
 from accelerate import Accelerator
 
+from images import latent_shape
 from pipelines.checks import vae_factor
 from samplers import NoiseSchedule
 
@@ -11,11 +15,13 @@ from .hub import HubUpload
 from .methods import build_sampler
 from .network import build_network, network_class
 from .noise_schedule import build_noise_scheduler
-from .options import TrainingOptions
+from .options import ModelOptions, TrainingOptions
 from .output import OutputDir
 from .resuming import Start, check_same_network, find_start
 from .saved_config import load_network_config
-from .vae import latent_shape, load_vae_config
+from .vae import load_vae_config
+
+logger = logging.getLogger(__name__)
 
 CHANNELS = {"L": 1, "RGB": 3, "auto": 3}
 
@@ -32,9 +38,17 @@ def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[Outpu
     start = find_start(options, output, accelerator)
     if accelerator.is_main_process:
         hub.check()
+        warn_of_other_network(options)
     plan_run(options)
     check_same_network(options, start)
     return output, hub, start
+
+
+def warn_of_other_network(options: ModelOptions) -> None:
+    """Say that settings have no effect, being of a network that is not trained; a recipe may have both."""
+    other = "unet" if options.is_dit else "dit"
+    if settings := getattr(options, other):
+        logger.warning(f"--{other} {json.dumps(settings)}: has no effect, since --model is {options.model}")
 
 
 def plan_run(options: TrainingOptions) -> None:
@@ -90,7 +104,7 @@ def stand_in_shape(options: TrainingOptions) -> tuple[int, int]:
     config = load_vae_config(options.vae)
     channels = config["in_channels"] if options.image_mode == "auto" else CHANNELS[options.image_mode]
     resolution = options.resolution or stand_in_resolution(options) * vae_factor(config)
-    return latent_shape(options.vae, config, channels, resolution)
+    return latent_shape(config, channels, resolution)[:2]
 
 
 def stand_in_resolution(options: TrainingOptions) -> int:

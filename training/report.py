@@ -7,10 +7,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from images import counted
+from pipelines import ClassConditionalPipeline, pipeline_class
 
+from .dit import NUM_LABELS
 from .log import TrainingLog
 from .machine import device_name, library_versions
 from .methods import method_of
+from .network import network_class
 from .options import TrainingOptions
 from .output import SUMMARY_FILE, OutputDir
 from .saving import replace_file, write_json
@@ -95,24 +98,35 @@ def card_metadata(options: TrainingOptions) -> ModelCardData:
     )
 
 
+def loading_call(options: TrainingOptions, name: str) -> tuple[str, str]:
+    """(Class, call) by which diffusers loads the pipeline of that name."""
+    kind = pipeline_class(network_class(options), bool(options.vae), options.class_conditional)
+    if kind is ClassConditionalPipeline:
+        return "DiffusionPipeline", f'DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)'
+    return kind.__name__, f'{kind.__name__}.from_pretrained("{name}")'
+
+
 def card_usage(options: TrainingOptions, summary: dict[str, Any], name: str) -> str:
     """How to load the model, and what may be asked of it, in Markdown."""
-    if not options.class_conditional:
-        return f"""```python
-from diffusers import DDPMPipeline
+    kind, call = loading_call(options, name)
+    comment = "  # runs pipeline.py" if kind == "DiffusionPipeline" else ""
+    classes = summary["data"]["classes"] if options.class_conditional else None
+    if classes:
+        label = json.dumps(classes[0].split(",")[0].strip(), ensure_ascii=False)
+        arguments = f"pipeline.get_label_ids([{label}]), guidance_scale=1.5"
+    elif options.is_dit:
+        arguments = f"[{NUM_LABELS}], guidance_scale=1"  # its null class alone
+    else:
+        arguments = ""
+    usage = f"""```python
+from diffusers import {kind}
 
-pipeline = DDPMPipeline.from_pretrained("{name}")
-image = pipeline().images[0]
+pipeline = {call}{comment}
+image = pipeline({arguments}).images[0]
 ```"""
-    classes = summary["data"]["classes"]
-    return f"""```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)  # runs pipeline.py
-image = pipeline([{json.dumps(classes[0], ensure_ascii=False)}], guidance_scale=1.5).images[0]
-```
-
-Classes: {", ".join(classes[:MOST_CLASSES])}{", ..." if len(classes) > MOST_CLASSES else "."}"""
+    if not classes:
+        return usage
+    return f"{usage}\n\nClasses: {', '.join(classes[:MOST_CLASSES])}{', ...' if len(classes) > MOST_CLASSES else '.'}"
 
 
 def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
@@ -125,7 +139,8 @@ def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
         f"loss weighting `{method.loss_weighting}`, error filter `{method.error_filter}`",
         "budget": ", ".join(f"{name} {value}" for name, value in budgets.items() if value is not None),
         "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
-        "parameters": f"{summary['parameters'] / 1e6:.1f} M",
+        "network": f"{network_class(options).__name__}, {summary['parameters'] / 1e6:.1f} M parameters"
+        + (f", in the latents of `{options.vae}`" if options.vae else ""),
         "weights": "exponential moving average" if options.use_ema else "last step",
     }
     return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -151,10 +166,7 @@ def print_summary(options: TrainingOptions, summary: dict[str, Any]) -> None:
     seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
     print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
     print(f"data: {describe_data(summary)}")
-    loaded = f'DDPMPipeline.from_pretrained("{options.output_dir}")'
-    if options.class_conditional:
-        loaded = f'DiffusionPipeline.from_pretrained("{options.output_dir}", trust_remote_code=True)'
-    print(f"{loaded} loads the result")
+    print(f"{loading_call(options, options.output_dir)[1]} loads the result")
     if summary["stopped_by"] == "signal":
         print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
     elif options.eval_batch_size:

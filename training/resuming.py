@@ -45,6 +45,8 @@ def find_start(options: TrainingOptions, output: OutputDir, accelerator: Acceler
     checkpoint = None
     if accelerator.is_main_process:  # which decides for all
         check_output_outside_data(options.output_dir, options.dataset_name)
+        if options.latents_dir:
+            check_output_outside_data(options.latents_dir, options.dataset_name, "--latents_dir")
         if not options.dry_run:  # which writes nothing
             check_output_dir(
                 output,

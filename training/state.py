@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from pipelines import choose_kernels
 from samplers import TimestepSampler
 
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint, save_shared_weights_once
 from .clock import PhaseClock
 from .ema import WeightAverage
 from .metrics import LossMeter
@@ -140,6 +140,7 @@ def build_state(
         power=options.ema_power,
     )
     accelerator.register_for_checkpointing(lr_scheduler, ema)
+    accelerator.register_save_state_pre_hook(save_shared_weights_once)
     is_scaled = accelerator.scaler is not None
     network_config = json.loads(accelerator.unwrap_model(network).to_json_string())
     return TrainingState(

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from pipelines.checks import check_vae_config, vae_factor
+from pipelines.checks import check_vae_config
 from pipelines.loading import load_component_config, load_network
 
 
@@ -27,28 +27,9 @@ def load_vae_config(name_or_path: str) -> dict[str, Any]:
         config, _ = load_component_config(AutoencoderKL, name_or_path, "vae")
         if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise ValueError(f"is a {kind}, and must be an AutoencoderKL")
-        settings = {name: value for name, value in AutoencoderKL.from_config(config).config.items()}
+        settings = dict(AutoencoderKL.from_config(config).config)
         check_vae_config(settings)
     return settings
-
-
-def latent_shape(name: str, vae_config: dict[str, Any], channels: int, resolution: int) -> tuple[int, int]:
-    """(channels, side) of the latents of images of these.
-
-    Args:
-        name: of the VAE, for errors.
-
-    Raises:
-        ValueError: images that it does not take.
-    """
-    factor, taken = vae_factor(vae_config), vae_config["in_channels"]
-    if channels != taken:
-        mode = {1: "L", 3: "RGB"}.get(taken)
-        hint = f": pass --image_mode {mode}" if mode else ""
-        raise ValueError(f"--vae {name}: takes images of {taken} channels, and these have {channels}{hint}")
-    if resolution % factor:
-        raise ValueError(f"--resolution {resolution}: --vae {name} needs a multiple of {factor}")
-    return vae_config["latent_channels"], resolution // factor
 
 
 @contextmanager

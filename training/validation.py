@@ -100,7 +100,7 @@ class ValidationLoss:
         device = self.accelerator.device
         image_numbers = self.image_numbers[numbers]
         latent_noise = self._noise(image_numbers + NUM_EXAMPLES)  # an image has one latent, however often it comes
-        images = self.to_inputs(self.images[image_numbers], draw=lambda shape: latent_noise).to(device)
+        images = self.to_inputs(self.images[image_numbers], None, lambda shape: latent_noise).to(device)
         labels, timesteps = self.labels[image_numbers].to(device), self.timesteps[numbers].to(device)
         noise = self._noise(numbers).to(device)
         losses = denoiser.epsilon_losses(images, noise, timesteps, labels)
