@@ -24,6 +24,7 @@ import rivals_behaviour
 import run_costs
 import swap_test
 import throughput
+import train_autoencoder
 
 import compare
 import samplers
@@ -58,6 +59,7 @@ OPTIONS = {
     "run_costs.py": run_costs.RunCostOptions,
     "swap_test.py": swap_test.SwapOptions,
     "throughput.py": throughput.ThroughputOptions,
+    "train_autoencoder.py": train_autoencoder.AutoencoderOptions,
 }
 OF_ACCELERATE = {"--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--cpu"}
 OF_OTHERS = {"--help", "--check"}  # argparse's; ruff's
