@@ -48,12 +48,12 @@ from training.data import open_batches
 from training.denoiser import Denoiser
 from training.machine import device_name, library_versions
 from training.methods import build_sampler
+from training.network import build_network
 from training.noise_schedule import build_noise_scheduler
 from training.options import TrainingOptions
 from training.saving import write_json
 from training.state import build_state
 from training.step_random import StepRandom
-from training.unet import build_unet
 from training.warm_up import warm_up
 
 
@@ -233,7 +233,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     """Two functions: one step as train_adaptive_ddpm.py makes it, and one batch as generate.py does."""
     device = accelerator.device
     torch.manual_seed(options.seed)
-    unet = build_unet(options, dataset.channels, dataset.resolution)
+    unet = build_network(options, dataset.channels, dataset.resolution)
     noise_scheduler = build_noise_scheduler(options)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, device)
     state = build_state(options, accelerator, unet, sampler, {}, PhaseClock(device), max_steps=None)
@@ -242,7 +242,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     batches = open_batches(options, dataset, accelerator, images_seen=0)
     warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
 
-    sampling_unet = build_unet(options, dataset.channels, dataset.resolution).to(device)
+    sampling_unet = build_network(options, dataset.channels, dataset.resolution).to(device)
     choose_kernels(sampling_unet, device, accelerator.mixed_precision, options.compile, mode="reduce-overhead")
     pipeline = DDPMPipeline(sampling_unet, noise_scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -262,10 +262,10 @@ def their_training_and_sampling(accelerator, dataset, options):
     torch.manual_seed(options.seed)
     device, channels = accelerator.device, dataset.channels
     images = [dataset[i] for i in range(min(len(dataset), options.data_images))]
-    model = build_unet(options, channels, options.resolution)
+    model = build_network(options, channels, options.resolution)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     noise_scheduler = build_noise_scheduler(options)
-    sampling_unet = build_unet(options, channels, options.resolution).to(device).eval()
+    sampling_unet = build_network(options, channels, options.resolution).to(device).eval()
     pipeline = DDPMPipeline(sampling_unet, build_noise_scheduler(options))
     pipeline.set_progress_bar_config(disable=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
@@ -330,7 +330,7 @@ def arithmetic(accelerator, image_shape, options, images_per_second):
     """FLOPs of a training step's network, forward and backward, and the fraction of a large matrix product's rate
     (which small convolutions may exceed)."""
     device = accelerator.device
-    unet = build_unet(options, image_shape[0], options.resolution).to(device)
+    unet = build_network(options, image_shape[0], options.resolution).to(device)
     choose_kernels(unet, device, accelerator.mixed_precision, compiled=False)
     batch = torch.randn(1, *image_shape, device=device)
     with FlopCounterMode(display=False) as counter:

@@ -138,7 +138,7 @@ def test_the_arithmetic_of_a_step_is_that_of_its_convolutions_and_products():
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
     flags = ["--dataset_name", "digits", "--resolution", "8", "--unet", json.dumps(TINY_UNET | blocks)]
     options = parse_options(throughput.ThroughputOptions, flags)
-    unet = throughput.build_unet(options, channels=1, resolution=8)
+    unet = throughput.build_network(options, channels=1, resolution=8)
     forward = {}
 
     def count(layer, _, output):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
+from training.network import build_network
 from training.plan import plan_run
-from training.unet import build_unet
 
 
 def refused(flags, capsys):
@@ -137,7 +137,7 @@ def test_stand_ins_refuse_nothing_that_the_images_allow(unet):
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "layers_per_block": 1}
     options = command_line(["--dataset_name", "x", "--unet", json.dumps(blocks | unet)])
     plan_run(options)
-    build_unet(options, channels=1, resolution=8)
+    build_network(options, channels=1, resolution=8)
 
 
 BAD_MODEL_CONFIGS = {
@@ -161,7 +161,7 @@ def test_a_pipelines_folder_is_a_model_config(train, tmp_path):
     UNet2DModel(**TINY_UNET, sample_size=64, in_channels=3).save_config(tmp_path / "pipeline" / "unet")
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     options = command_line(["--dataset_name", "x", "--model_config_name_or_path", str(tmp_path / "pipeline")])
-    unet = build_unet(options, channels=1, resolution=8)
+    unet = build_network(options, channels=1, resolution=8)
     assert (unet.config.block_out_channels, unet.config.sample_size) == ([8, 16], 8)
 
 

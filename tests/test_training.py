@@ -126,11 +126,11 @@ def test_one_guess_has_the_same_epsilon_errors_whatever_it_is_a_prediction_of():
 def test_cifar10_recipe_is_ddpm():
     """35.7 M parameters, the settings of google/ddpm-cifar10-32, fixed-large variance, as published."""
     from train_adaptive_ddpm import command_line
+    from training.network import build_network
     from training.noise_schedule import build_noise_scheduler
-    from training.unet import build_unet
 
     options = command_line(["--config", str(REPOSITORY / "configs" / "cifar10.yaml")])
-    unet = build_unet(options, channels=3, resolution=options.resolution)
+    unet = build_network(options, channels=3, resolution=options.resolution)
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
     published = UNet2DModel(
         act_fn="silu", attention_head_dim=None, block_out_channels=[128, 256, 256, 256], center_input_sample=False,

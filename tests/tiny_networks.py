@@ -1,9 +1,10 @@
 """Networks and pipelines so small that a test can sample from them."""
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from pipelines import ClassConditionalPipeline
+from training.dit import dit_config, make_dit
 
 CLASSES = {0: "cat", 1: "dog, hound", 2: "frog"}
 
@@ -34,3 +35,24 @@ def tiny_conditional_pipeline(scheduler=None, id2label=CLASSES, **unet_settings)
     pipeline = ClassConditionalPipeline(scheduler, unet, id2label=id2label)
     pipeline.unet.class_embedding.weight.data *= 5
     return pipeline
+
+
+def tiny_dit(channels=1, seed=0, **settings):
+    """A `DiTTransformer2DModel` of 8x8 images, in evaluation mode, as training saves it: each block has a copy of the
+    embedding. Its weights all tell: at the paper's initial ones the output is zero."""
+    torch.manual_seed(seed)
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, **settings}
+    dit = make_dit(dit_config(sizes, channels, resolution=8))
+    for parameter in dit.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    saved = type(dit).from_config(dit.config)
+    saved.load_state_dict(dit.state_dict())
+    return saved.eval()
+
+
+def tiny_vae(channels=1, latent_channels=1, seed=0):
+    """An `AutoencoderKL` that halves the sides of images."""
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": latent_channels}
+    return AutoencoderKL(channels, channels, **blocks, **sizes, scaling_factor=0.5).eval()

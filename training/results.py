@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from pipelines import Pipeline, make_grid_image, make_pipeline, sample_images
+from pipelines import Pipeline, make_grid_image, make_pipeline, null_label, sample_images
 
 from .ema import averaged_network
 from .evaluation import Evaluator
@@ -97,7 +97,9 @@ class Results:
         """Write the loss on the validation images to the log, by timestep. last: as in `TrainingLog.write`."""
         with self.clock.phase("validation"):
             network = averaged_network(self.accelerator, self.state.network, self.state.ema)
-            loss, by_timestep = self.validation.measure(network.to(self.accelerator.device), self.parts.noise_scheduler)
+            loss, by_timestep = self.validation.measure(
+                network.to(self.accelerator.device), self.parts.noise_scheduler, null_label(network.config)
+            )
             names = timestep_ranges(self.validation.num_train_timesteps, len(by_timestep))
             scalars = {f"validation_loss_by_timestep/{name}": v for name, v in zip(names, by_timestep, strict=True)}
             self.log.add({"validation_loss": loss}, scalars, last, validation_loss_by_timestep=by_timestep)

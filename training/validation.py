@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from images import ImageDataset, LatentDataset
-from pipelines import null_label
 from samplers import fold_seed
 
 from .denoiser import Denoiser
@@ -83,11 +82,16 @@ class ValidationLoss:
         self,
         network: torch.nn.Module,
         noise_scheduler: DDPMScheduler,
+        null_label: int | None = None,
     ) -> tuple[float | None, list[float | None]]:
         """(mean, [bins] means) of the epsilon-losses of a network on the accelerator's device. All processes must call
-        it. Losses that are not finite are left out."""
+        it. Losses that are not finite are left out.
+
+        Args:
+            null_label: of the network; see `Denoiser`.
+        """
         accelerator, device = self.accelerator, self.accelerator.device
-        denoiser = Denoiser(network, noise_scheduler, device, null_label(network.config))
+        denoiser = Denoiser(network, noise_scheduler, device, null_label)
         meter = LossMeter(self.num_train_timesteps, device)
         share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
         for numbers in share.split(self.batch_size):

@@ -103,7 +103,7 @@ def test_one_view(dataset, vae, filled, tmp_path):
 
 def test_the_data_set_is_as_the_images(dataset, vae, filled):
     latents = open_in(filled, dataset, vae)
-    assert latents.images is dataset
+    assert latents.pixels is dataset
     assert len(latents) == 55
     assert (latents.channels, latents.resolution, latents.image_shape) == (3, 4, (3, 4, 4))
     assert latents.nbytes == latents.decode_all(show_progress=False).nbytes
@@ -479,7 +479,7 @@ def test_a_disk_that_is_full_after_all(dataset, vae, filled, tmp_path, monkeypat
 
 
 def test_images_that_the_vae_cannot_encode(dataset, tmp_path):
-    with pytest.raises(ValueError, match=r"--image_mode: .*1 channel.* 3"):
+    with pytest.raises(ValueError, match=r"--vae: .* 3 channel.* 1; pass --image_mode RGB"):
         open_in(tmp_path, dataset, make_vae(channels=3))
     with pytest.raises(ValueError, match=r"--resolution 7: is no multiple of 2"):
         open_in(tmp_path, open_images("digits", resolution=7), make_vae())

@@ -13,7 +13,7 @@ from tiny_networks import tiny_unet
 
 from pipelines import load_pipeline, sample_images
 from pipelines.noise import image_generators, noise_maps
-from pipelines.sampling import check_finite_images
+from pipelines.sampling import check_finite_samples
 
 CPU = torch.device("cpu")
 
@@ -126,16 +126,16 @@ def test_images_that_are_not_finite_are_refused_by_number(unet):
         with pytest.raises(FloatingPointError, match=r"2 of 2 images .* number 5; .*its arithmetic overflows"):
             sample_images(pipeline, [5, 6])
         pipeline.unet.conv_in.weight[0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"neither are the network's weights \(conv_in\.weight, "):
+    with pytest.raises(FloatingPointError, match=r"neither are the weights of its UNet2DModel \(conv_in\.weight, "):
         sample_images(pipeline, [5, 6])
 
 
 def test_one_image_that_is_not_finite_is_told_from_the_others(unet):
     images = torch.zeros(3, 1, 2, 2)
-    check_finite_images(unet, images, [7, 8, 9])
+    check_finite_samples(unet, images, [7, 8, 9])
     images[1, 0, 1, 1] = torch.inf
     with pytest.raises(FloatingPointError, match=r"1 of 3 images .* number 8;"):
-        check_finite_images(unet, images, [7, 8, 9])
+        check_finite_samples(unet, images, [7, 8, 9])
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(num_train_timesteps=20), DDIMScheduler(num_train_timesteps=20)])

@@ -29,7 +29,7 @@ def test_weights_of_a_variant_are_loaded_on_request(folder, variant, safe, shard
     unet = tiny_unet()
     expected = unet.state_dict()
     unet.save_pretrained(folder / "unet", variant=variant, safe_serialization=safe, max_shard_size=shard_size)
-    assert weight_variants(str(folder)) == {variant: {"safetensors" if safe else "bin"}}
+    assert weight_variants(str(folder), "unet") == {variant: {"safetensors" if safe else "bin"}}
     pipeline = load_pipeline(str(folder), variant)
     torch.testing.assert_close(pipeline.unet.state_dict(), expected, rtol=0, atol=0)
     for other in {None, "fp16", "ema"} - {variant}:
@@ -41,7 +41,7 @@ def test_weights_of_a_variant_are_loaded_on_request(folder, variant, safe, shard
 def test_every_variant_there_is_named(folder):
     for name in ("diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model-00001-of-00002.bf16.safetensors"):
         (folder / "unet" / name).touch()
-    assert weight_variants(str(folder)) == {None: {"safetensors"}, "fp16": {"bin"}, "bf16": {"safetensors"}}
+    assert weight_variants(str(folder), "unet") == {None: {"safetensors"}, "fp16": {"bin"}, "bf16": {"safetensors"}}
     with pytest.raises(ValueError, match="'ema', but those for no --variant or --variant bf16 or --variant fp16"):
         load_pipeline(str(folder), "ema")
 
@@ -162,7 +162,7 @@ def test_configs_are_found_in_the_oldest_layout(tmp_path):
             path.rename(tmp_path / path.name)
         (tmp_path / name).rmdir()
     configs = load_configs(tmp_path)
-    assert configs.unet["sample_size"] == 8
+    assert configs.network["sample_size"] == 8
     assert isinstance(configs.scheduler, DDPMScheduler)
     assert configs.id2label is None
     load_pipeline(str(tmp_path))
@@ -219,9 +219,8 @@ def edit_index(folder, **settings):
         ({"id2label": "cat"}, 'id2label must name the classes, {"0": "airplane", ...}'),
         ({"id2label": ["cat", "dog", "frog"]}, "is a .* of id2label=dog, "),
         ({"id2label": {"0": "cat", "1": "dog", "2": 3}}, "must name the classes"),
-        ({"id2label": {"0": "cat", "1": "dog"}}, "id2label has 2 names, and the UNet2DModel num_class_embeds=4"),
-        ({"id2label": {"0": "cat", "1": "dog", "x": "frog"}}, "must name the classes 0 to 2"),
-        ({"id2label": {"0": "cat", "1": "dog", "2": "cat"}}, "several classes 'cat'"),
+        ({"id2label": {"0": "cat", "1": "dog"}}, "id2label has 2 names, and must name .* embeddings for, 0 to 2"),
+        ({"id2label": {"0": "cat", "1": "dog", "x": "frog"}}, "must name .* 0 to 2"),
         ({"_class_name": "DDPMPipeline"}, "class-conditional, and a DDPMPipeline does not name the classes"),
     ],
 )
@@ -234,8 +233,8 @@ def test_names_of_classes_that_are_damaged_are_refused(conditional, settings, ma
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"num_class_embeds": 10}, "num_class_embeds=10"),
-        ({"num_class_embeds": 10**9}, "num_class_embeds=1000000000"),
+        ({"num_class_embeds": 10}, "id2label has 3 names, .* embeddings for, 0 to 8"),
+        ({"num_class_embeds": 10**9}, "id2label has 3 names"),
         ({"num_class_embeds": None}, "num_class_embeds=None"),
         ({"num_class_embeds": 0}, ""),
         ({"num_class_embeds": "4"}, ""),

@@ -13,10 +13,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from training.denoiser import Denoiser
+from training.network import build_network
 from training.options import ClassOptions, ModelOptions
 from training.resuming import Start, check_same_classes
 from training.step_random import StepRandom
-from training.unet import build_unet
 
 
 def accelerator(rank=0, world_size=1):
@@ -38,7 +38,7 @@ def errors_at_zero(denoiser, labels):
 
 
 def test_the_network_sees_the_labels_and_the_null_class_where_there_are_none():
-    denoiser = Denoiser(ShowLabels(), DDPMScheduler(), classes=["cat", "dog", "fox"])
+    denoiser = Denoiser(ShowLabels(), DDPMScheduler(), null_label=3)
     assert errors_at_zero(denoiser, torch.tensor([2, 0, 3])) == [2, 0, 3]
     zeros = torch.zeros(2, 1, 4, 4)
     errors = denoiser.epsilon_errors(zeros, zeros, torch.zeros(2, dtype=torch.long))
@@ -55,7 +55,7 @@ def test_a_network_without_classes_sees_none():
 
 
 def dropped(step, count=4000, rank=0, world_size=1, class_dropout=0.25, seed=0):
-    random = StepRandom(seed, accelerator(rank, world_size), class_dropout=class_dropout, num_classes=10)
+    random = StepRandom(seed, accelerator(rank, world_size), class_dropout=class_dropout, null_label=10)
     random.begin(step)
     labels = torch.arange(count) % 10
     found = random.drop_labels(labels)
@@ -81,7 +81,7 @@ def test_by_the_seed_and_the_step_alone_on_any_number_of_processes():
 def test_the_noise_does_not_depend_on_it():
     noises = []
     for num_classes in (None, 10):
-        random = StepRandom(0, accelerator(), num_classes=num_classes, class_dropout=0.5)
+        random = StepRandom(0, accelerator(), null_label=num_classes, class_dropout=0.5)
         random.begin(1)
         random.flips(4)
         noises.append(random.noise(torch.Size([4, 1, 2, 2]), antithetic=True))
@@ -95,12 +95,12 @@ def test_the_noise_does_not_depend_on_it():
 def test_the_network_has_a_null_class_beside_those_of_the_data():
     options = ModelOptions()
     options.unet.update(block_out_channels=[32], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
-    unet = build_unet(options, channels=1, resolution=8, num_classes=10)
+    unet = build_network(options, channels=1, resolution=8, num_classes=10)
     assert unet.config.num_class_embeds == 11
-    assert build_unet(options, channels=1, resolution=8).config.num_class_embeds is None
+    assert build_network(options, channels=1, resolution=8).config.num_class_embeds is None
     options.unet["num_class_embeds"] = 10
     with pytest.raises(ValueError, match="--unet num_class_embeds 10: the images decide that, which have 11"):
-        build_unet(options, channels=1, resolution=8, num_classes=10)
+        build_network(options, channels=1, resolution=8, num_classes=10)
 
 
 CLASSES = ("--class_conditional", "--dataset_name", "digits")

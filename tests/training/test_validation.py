@@ -11,7 +11,7 @@ from image_helpers import contents_with_bad_ones, encoded, open_contents, random
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from images import open_images
+from images import ImageDataset, open_images
 from training.results import timestep_ranges
 from training.validation import NUM_EXAMPLES, ValidationLoss, divide
 
@@ -38,6 +38,8 @@ class Zero(torch.nn.Module):
 
 class Images:
     """Seven images of noise, as an `ImageDataset` chooses them."""
+
+    to_inputs, image_shape = staticmethod(ImageDataset.to_inputs), (3, 4, 4)
 
     def random_sample(self, count):
         pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 4), dtype=np.uint8)
@@ -100,7 +102,7 @@ def test_each_image_keeps_its_label():
             return super().forward(noisy_images, timesteps, return_dict)
 
     examples = validation()
-    examples.measure(Network(), DDPMScheduler(), classes=["a"] * 7)
+    examples.measure(Network(), DDPMScheduler(), null_label=7)
     assert torch.equal(torch.cat(seen), 6 - examples.image_numbers)  # as `Images` has chosen them
 
 
