@@ -2,10 +2,12 @@
 
 import sys
 
+import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, forked, run_two_ranks
 from diffusers import UNet2DModel
+from tiny_networks import tiny_dit
 
 WORKER = """
 import copy
@@ -17,14 +19,25 @@ from torch.distributed.fsdp import fully_shard
 from training.ema import WeightAverage
 from training.nonfinite import NonFiniteGuard
 from training.sharding import full_tensor
+from tiny_networks import tiny_dit
 
 folder, sharded = sys.argv[1], sys.argv[2] == "sharded"
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.SiLU(), torch.nn.Linear(10, 3))
+if sys.argv[3] == "transformer":
+    model = tiny_dit(is_shared=True)
+    timesteps, labels = torch.arange(4), torch.tensor([0, 1, 1000, 3])
+    run = lambda x: model(x[:, :1, None, None].expand(4, 1, 8, 8), timesteps, labels).sample
+else:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.SiLU(), torch.nn.Linear(10, 3))
+    run = model
 if sharded:
     torch.distributed.init_process_group("gloo")
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if type(module).__name__ in ("Attention", "FeedForward"):  # as accelerate_configs/fsdp_dit.yaml
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2, fused=True)  # or rounding would decide signs
 guard = NonFiniteGuard(optimizer, "cpu", scaled=False, max_in_row=5)
 ema = WeightAverage(model.parameters(), use_ema_warmup=True)
 
@@ -32,7 +45,7 @@ ema = WeightAverage(model.parameters(), use_ema_warmup=True)
 def train(steps):
     for step in range(steps):
         x = torch.ones(4, 6) * (float("nan") if step == 2 else step + 1)
-        model(x).square().mean().backward()
+        run(x).square().mean().backward()
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         guard.observe(norm)
         optimizer.step()
@@ -61,17 +74,22 @@ if sharded:
 """
 
 
-def test_fsdp_wraps_blocks_that_the_network_has():
-    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
-    unet = UNet2DModel(sample_size=8, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                       up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
-    names = {type(module).__name__ for module in unet.modules()}
+@pytest.mark.parametrize(("config", "network"), [("fsdp", "unet"), ("fsdp_dit", "dit")])
+def test_fsdp_wraps_blocks_that_the_network_has(config, network):
+    config = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{config}.yaml").read_text())["fsdp_config"]
+    if network == "unet":
+        attention = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D",) * 2}
+        network = UNet2DModel(sample_size=8, block_out_channels=(32, 64), **attention)
+    else:
+        network = tiny_dit()
+    names = {type(module).__name__ for module in network.modules()}
     assert set(config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= names
 
 
-def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path):
-    run_two_ranks(tmp_path, WORKER, tmp_path, "sharded")
-    whole = forked([sys.executable, tmp_path / "worker.py", tmp_path, "whole"])
+@pytest.mark.parametrize("network", ["linear", "transformer"])
+def test_sharded_weights_train_average_and_save_as_whole_ones(tmp_path, network):
+    run_two_ranks(tmp_path, WORKER, tmp_path, "sharded", network)
+    whole = forked([sys.executable, tmp_path / "worker.py", tmp_path, "whole", network])
     assert whole.returncode == 0, whole.stderr
     whole, sharded = (torch.load(tmp_path / f"{kind}.pt") for kind in ("whole", "sharded"))
     assert whole["skipped"] == sharded["skipped"] == 2

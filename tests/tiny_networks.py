@@ -37,14 +37,16 @@ def tiny_conditional_pipeline(scheduler=None, id2label=CLASSES, **unet_settings)
     return pipeline
 
 
-def tiny_dit(channels=1, seed=0, **settings):
+def tiny_dit(channels=1, seed=0, is_shared=False, **settings):
     """A `DiTTransformer2DModel` of 8x8 images, in evaluation mode, as training saves it: each block has a copy of the
-    embedding. Its weights all tell: at the paper's initial ones the output is zero."""
+    embedding; or shares one, as in training. Its weights all tell: at the paper's initial ones the output is zero."""
     torch.manual_seed(seed)
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, **settings}
     dit = make_dit(dit_config(sizes, channels, resolution=8))
     for parameter in dit.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    if is_shared:
+        return dit.eval()
     saved = type(dit).from_config(dit.config)
     saved.load_state_dict(dit.state_dict())
     return saved.eval()

@@ -64,7 +64,7 @@ def save_shared_weights_once(
 ) -> None:
     """For `accelerator.register_save_state_pre_hook`: of weights that several layers share, the first name is saved.
     accelerate would leave out the others itself, with a warning each time."""
-    for network, state_dict in zip(networks, state_dicts, strict=True):
+    for network, state_dict in zip(networks, state_dicts, strict=False):  # accelerate saves sharded ones in another way
         first_names = {name for name, _ in network.named_parameters()}
         all_names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         for name in all_names - first_names:

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipelines import Network
 
+from .network import class_of
 from .nonfinite import check_finite
 from .sharding import full_tensor, placed_like
 
@@ -50,6 +51,6 @@ def averaged_network(accelerator: Accelerator, network: torch.nn.Module, ema: We
     }
     check_finite(averages.values(), "averaged weights")
     with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, must not move the run's dropout
-        average = type(model).from_config(model.config)
+        average = class_of(model.config).from_config(model.config)  # FSDP2 changes the type of a model
     average.load_state_dict({name: averages[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
     return average.eval()

@@ -62,7 +62,12 @@ def network_on_meta(config: dict[str, Any]) -> Network:
     """A network whose weights have shapes alone: it takes no memory, and moves no random state. With the blocks of a
     transformer sharing an embedding."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return make_dit(config) if "patch_size" in config else UNet2DModel(**config)
+        return make_dit(config) if class_of(config) is DiTTransformer2DModel else UNet2DModel(**config)
+
+
+def class_of(config: dict[str, Any]) -> type[Network]:
+    """The class that a network's settings are of."""
+    return DiTTransformer2DModel if "patch_size" in config else UNet2DModel
 
 
 @contextmanager
