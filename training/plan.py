@@ -12,6 +12,7 @@ from pipelines.checks import vae_factor
 from samplers import NoiseSchedule
 
 from .hub import HubUpload
+from .memory import warn_of_memory
 from .methods import build_sampler
 from .network import build_network, network_class
 from .noise_schedule import build_noise_scheduler
@@ -41,7 +42,19 @@ def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[Outpu
         warn_of_other_network(options)
     plan_run(options)
     check_same_network(options, start)
+    if accelerator.device.type == "cuda":
+        check_gpu_memory(options, accelerator)
     return output, hub, start
+
+
+def check_gpu_memory(options: TrainingOptions, accelerator: Accelerator) -> None:
+    """Warn of a network and a batch that will probably not fit into the GPU."""
+    channels, resolution = stand_in_shape(options)
+    with torch.device("meta"):
+        network = build_network(options, channels, resolution, stand_in_classes(options))
+    total = torch.cuda.get_device_properties(accelerator.device).total_memory
+    is_half = accelerator.mixed_precision in ("bf16", "fp16")
+    warn_of_memory(network, (channels, resolution, resolution), options.train_batch_size, is_half, total)
 
 
 def warn_of_other_network(options: ModelOptions) -> None:

@@ -9,6 +9,7 @@ from tiny_networks import tiny_dit
 
 from pipelines.checks import check_forward
 from training.dit import NUM_LABELS, PRESETS, dit_config, make_dit
+from training.memory import activation_memory, training_memory, warn_of_memory
 from training.network import build_network, network_on_meta
 from training.options import ModelOptions
 
@@ -145,3 +146,35 @@ def test_gradient_checkpointing_changes_no_gradient():
         gradients.append([parameter.grad for parameter in network.parameters()])
     assert any(gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(*gradients)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_what_a_step_keeps_is_counted_without_computing_it(is_on):
+    """The same on the meta device and with real tensors; and much less where blocks are computed again."""
+    config = dit_config({**SMALL, "num_layers": 8}, channels=4, resolution=8)
+    found = []
+    for network in (network_on_meta(config), make_dit(config)):
+        if is_on:
+            network.enable_gradient_checkpointing()
+        found.append(activation_memory(network.train(), (4, 8, 8), batch_size=2))
+    assert found[0] == pytest.approx(found[1], rel=0.1)  # devices differ in what attention keeps
+    assert found[0] > 2 * 16 * 32 * 4  # tokens of a block
+    whole = activation_memory(network_on_meta(config).train(), (4, 8, 8), batch_size=2)
+    assert (found[0] < whole / 4) == is_on
+
+
+def test_xl_takes_the_memory_that_its_sizes_say(caplog):
+    network = network_on_meta(dit_config(PRESETS["DiT-XL/2"], channels=4, resolution=32)).train()
+    weights = 20 * 674.8e6  # weights, gradients, average and Adam's moments
+    tokens = 32 * 256 * 1152 * 4  # of a block
+    needed = training_memory(network, (4, 32, 32), batch_size=32, is_half=False)
+    assert 28 * 15 * tokens < needed - weights < 28 * 35 * tokens
+    network.enable_gradient_checkpointing()
+    assert 28 * tokens < training_memory(network, (4, 32, 32), 32, is_half=False) - weights < 28 * 2 * tokens
+    warn_of_memory(network, (4, 32, 32), 32, False, available=80 * 10**9)
+    assert not caplog.messages
+    warn_of_memory(network, (4, 32, 32), 32, False, available=10**10)
+    assert "--train_batch_size 32: training takes about 14.7 GB, and the device has 10.0 GB" in caplog.messages[0]
