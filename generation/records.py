@@ -56,12 +56,11 @@ def describe_settings(
 def describe_classes(options: GenerationOptions, labels: ImageLabels) -> dict[str, Any]:
     """The settings that a class-conditional model has beside the others."""
     interval = options.guidance_interval  # as text: JSON has no infinity
-    channels = {} if options.guidance_channels is None else {"guidance_channels": options.guidance_channels}
     return {
         **labels.to_settings(),
         "guidance_scale": options.guidance_scale,
         "guidance_interval": interval and "({}, {}]".format(*interval),
-        **channels,
+        "guidance_channels": options.guidance_channels,
     }
 
 

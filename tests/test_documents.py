@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import cached_latents
 import gradient_probe
 import method_pictures
 import rivals_behaviour
@@ -59,6 +60,7 @@ OPTIONS = {
     "run_costs.py": run_costs.RunCostOptions,
     "swap_test.py": swap_test.SwapOptions,
     "throughput.py": throughput.ThroughputOptions,
+    "cached_latents.py": cached_latents.CachedLatentsOptions,
     "train_autoencoder.py": train_autoencoder.AutoencoderOptions,
 }
 OF_ACCELERATE = {"--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--cpu"}

@@ -8,14 +8,18 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED, TINY_UNET, fork_all_but_the_first
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tiny_networks import tiny_vae
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import cached_latents
 import gradient_probe
 import method_pictures
 import run_costs
 import swap_test
 import throughput
 
+from images import open_images, sample_posterior
+from images.encoding import encode
 from recipes import parse_options
 from samplers import METHODS, NoiseSchedule, checked_weights
 
@@ -104,6 +108,33 @@ def test_the_swap_test_runs(pipelines, tmp_path):
     assert results["weak"] != results["strong"]
     assert [row["segment"] for row in results["segments"]] == [[0, 50], [50, T]]
     assert sum(row["share_of_nats"] for row in results["segments"]) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_benchmark_of_cached_latents_runs_the_same_network_on_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/cached_latents.py"])
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    path = tmp_path / "cached_latents.json"
+    flags = ["--dataset_name", "digits", "--vae", tmp_path / "vae", "--latents_dir", tmp_path / "latents"]
+    flags += ["--model", "dit", "--dit", '{"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}']
+    flags += ["--class_conditional", "--random_flip", "--repeats", 2, "--steps_per_repeat", 1, "--output_json", path]
+    cached_latents.main(parse_options(cached_latents.CachedLatentsOptions, [str(flag) for flag in flags]))
+    results = json.loads(path.read_text())
+    rates = results["steps_per_second"]
+    assert rates["cached"]["min"] > 0 < rates["online"]["min"]
+    ratio = results["cached_over_online"]
+    assert ratio["min"] <= ratio["median"] <= ratio["max"]
+    with pytest.raises(SystemExit, match="--vae: must be given"):
+        cached_latents.main(parse_options(cached_latents.CachedLatentsOptions, ["--dataset_name", "digits"]))
+
+
+def test_encoding_a_batch_is_drawing_from_the_posterior_that_is_cached():
+    """In double precision of neither: float16 is what the cache rounds to."""
+    vae, images = tiny_vae(), open_images("digits", split="train[:4]").decode_all(show_progress=False)
+    flips, noise = torch.tensor([True, False, False, True]), torch.randn(4, 1, 4, 4)
+    moments = encode(vae, images, mirrored=True).half()
+    expected = sample_posterior(moments, noise, flips)
+    found = cached_latents.encoder(vae)(images, flips, lambda shape: noise.view(shape))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):

@@ -9,11 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from generation_helpers import FORMATS, contents, read_images, read_labels, record, run
 from PIL import Image
+from tiny_networks import CLASSES, tiny_dit, tiny_vae
 
 from images import open_images
-from pipelines import load_pipeline, sample_images
+from pipelines import load_pipeline, make_pipeline, sample_images
 
 pytest_plugins = ["generation_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
@@ -171,3 +173,54 @@ def test_metadata_goes_with_the_images_it_speaks_of(saved, conditional, tmp_path
     folder = run(conditional, tmp_path / "out")
     run(saved, folder, overwrite_output_dir=True)
     assert contents(folder) == contents(run(saved, tmp_path / "fresh"))
+
+
+# Transformers and latents
+
+
+@pytest.fixture(scope="module")
+def saved_dit(tmp_path_factory):
+    """A folder of a `DiTPipeline` of three classes."""
+    folder = tmp_path_factory.mktemp("dit")
+    scheduler = DDPMScheduler(num_train_timesteps=20, clip_sample=False)
+    make_pipeline(tiny_dit(channels=4), scheduler, CLASSES, tiny_vae(latent_channels=4)).save_pretrained(folder)
+    return folder
+
+
+def test_a_transformer_in_latents_makes_images_of_classes(saved_dit, tmp_path):
+    run(saved_dit, tmp_path / "out", guidance_scale=2, class_labels=["frog", "hound"])
+    assert read_images(tmp_path / "out", "png").shape == (10, 16, 16, 1)
+    assert read_labels(tmp_path / "out", "png") == [2, 1] * 5
+    settings = record(tmp_path / "out")["settings"]
+    assert len(settings["vae"]) == len(settings["weights"]) == 64
+    before = contents(tmp_path / "out")
+    run(saved_dit, tmp_path / "out", guidance_scale=2, class_labels=["frog", "hound"])
+    assert contents(tmp_path / "out") == before
+
+
+def test_guiding_some_channels_is_another_setting(saved_dit, tmp_path, capsys):
+    run(saved_dit, tmp_path / "all", guidance_scale=3)
+    run(saved_dit, tmp_path / "three", guidance_scale=3, guidance_channels=3)
+    run(saved_dit, tmp_path / "four", guidance_scale=3, guidance_channels=4)
+    images = {name: read_images(tmp_path / name, "png") for name in ("all", "three", "four")}
+    assert (images["all"] == images["four"]).all()
+    assert (images["all"] != images["three"]).any()
+    assert record(tmp_path / "three")["settings"]["guidance_channels"] == 3
+    with pytest.raises(SystemExit) as error:
+        run(saved_dit, tmp_path / "three", guidance_scale=3)
+    assert "guidance_channels was 3, now None" in f"{error.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_channels": 5, "guidance_scale": 2}, "--guidance_channels 5: the network has 4"),
+        ({"guidance_channels": 3}, "--guidance_channels 3 needs a --guidance_scale other than 1"),
+        ({"guidance_channels": 0, "guidance_scale": 2}, "--guidance_channels 0: must be in"),
+    ],
+)
+def test_channels_that_cannot_be_guided_are_refused(saved_dit, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        run(saved_dit, tmp_path / "out", **options)
+    assert message in f"{error.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
