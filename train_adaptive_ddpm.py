@@ -37,7 +37,6 @@ from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
 from training.stopping import StopCondition
-from training.vae import load_vae
 from training.warm_up import warm_up
 from training.writing import begin_writing, finish
 
@@ -58,11 +57,8 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 
     # What to train, on which images and timesteps
     dataset, validation_images = read_data(options, accelerator, start)
+    vae, dataset, validation_images = encode_images(options, accelerator, dataset, validation_images, clock)
     classes = dataset.classes if options.class_conditional else None
-    vae = load_vae(options.vae) if options.vae else None
-    if vae is not None:
-        with clock.phase("encode"):
-            dataset, validation_images = encode_images(options, accelerator, vae, dataset, validation_images)
     noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
     network = build_network(options, dataset.channels, dataset.resolution, classes and len(classes))
     check_disk_space(output.folder, network, vae)
@@ -78,10 +74,9 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
 
     # An update, and the end of updates
-    null = null_label(network.config)
+    null, share = null_label(network.config), options.share_of_null_labels
     denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, null)
-    class_dropout = options.class_dropout if options.class_conditional else 1.0
-    step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip, class_dropout, null)
+    step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip, share, null)
     if options.compile or accelerator.device.type == "cuda" or accelerator.num_processes > 1:
         with clock.phase("warm_up"):
             warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)

@@ -34,7 +34,6 @@ from training.options import TrainingOptions
 from training.saving import write_json
 from training.state import build_state
 from training.step_random import StepRandom
-from training.vae import load_vae
 from training.warm_up import warm_up
 
 
@@ -61,8 +60,7 @@ def main(options: CachedLatentsOptions) -> None:
     torch.set_float32_matmul_precision("high")
     with one_line_errors(ValueError, OSError):
         dataset, _ = open_training_data(options)
-        vae = load_vae(options.vae)
-        latents, _ = encode_images(options, accelerator, vae, dataset, None)
+        vae, latents, _ = encode_images(options, accelerator, dataset, None, PhaseClock(accelerator.device))
     update = make_update(options, accelerator, latents)
     sources = {
         "cached": (open_batches(options, latents, accelerator, images_seen=0), latents.to_inputs),
@@ -105,8 +103,8 @@ def make_update(
     warm_up(state, denoiser, latents.image_shape, options.train_batch_size)
 
     def update(to_inputs: Callable, batch: torch.Tensor, labels: torch.Tensor) -> None:
-        class_dropout = options.class_dropout if options.class_conditional else 1.0
-        step_random = StepRandom(options.seed, accelerator, to_inputs, options.random_flip, class_dropout, null)
+        shares = options.random_flip, options.share_of_null_labels
+        step_random = StepRandom(options.seed, accelerator, to_inputs, *shares, null)
         train_step(state, denoiser, step_random, batch, labels)
 
     return update

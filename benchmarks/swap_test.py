@@ -58,8 +58,9 @@ class SwappedUNet(torch.nn.Module):
         self.weak, self.strong, self.low, self.high = weak, strong, low, high
         self.config, self.dtype, self.device = weak.config, weak.dtype, weak.device
 
-    def forward(self, x, t, class_labels=None):
-        return (self.strong if self.low <= t < self.high else self.weak)(x, t, class_labels)
+    def forward(self, x, timesteps, class_labels=None):
+        is_strong = self.low <= timesteps[0] < self.high  # all of a batch are at the same
+        return (self.strong if is_strong else self.weak)(x, timesteps, class_labels)
 
 
 def main(options):

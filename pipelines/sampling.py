@@ -71,7 +71,7 @@ def sample_images(
             that do not fit the images, or the model; guidance of an unconditional model.
         FloatingPointError: an image is not finite; uint8 would have it black or white.
     """
-    device, network, indices = pipeline._execution_device, network_of(pipeline), [int(i) for i in indices]
+    network, device, indices = network_of(pipeline), pipeline._execution_device, [int(i) for i in indices]
     shape = sample_shape(network.config)
     steps = denoising_steps(pipeline.scheduler, num_inference_steps, eta, skip_schedule)
     scales = guidance_scales(pipeline.scheduler, steps, guidance_scale, guidance_interval)
@@ -86,8 +86,7 @@ def sample_images(
         network.train(was_training)
     check_finite_samples(network, x, indices)
     if (vae := vae_of(pipeline)) is not None:
-        x = decode_latents(vae, x)
-        check_finite_samples(vae, x, indices)
+        x = decode_latents(vae, x, indices)
     pipeline.maybe_free_model_hooks()
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -157,12 +156,14 @@ def denoise(
 
 
 @torch.inference_mode()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] float32 images in [-1, 1], of latents as the network makes them. In the VAE's own precision: some
-    overflow in half."""
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """[B, C, H, W] float32 images number `indices`, in [-1, 1], of latents as the network makes them. In the VAE's own
+    precision: some overflow in half. Raises FloatingPointError if one is not finite."""
     with torch.autocast(latents.device.type, enabled=False):
         parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(DECODED_AT_A_TIME)
-        return torch.cat([vae.decode(part).sample.float() for part in parts])
+        images = torch.cat([vae.decode(part).sample.float() for part in parts])
+    check_finite_samples(vae, images, indices)
+    return images
 
 
 def check_finite_samples(network: Network | AutoencoderKL, x: torch.Tensor, indices: list[int]) -> None:

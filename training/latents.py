@@ -14,8 +14,10 @@ from diffusers import AutoencoderKL
 from images import ImageDataset, LatentDataset, latent_shape, open_latents
 from pipelines.weights import hash_weights
 
+from .clock import PhaseClock
 from .folder_lock import FolderInUse, folder_lock
 from .options import TrainingOptions
+from .vae import load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +27,22 @@ CACHE = "adaptive_ddpm_latents"  # beside the data sets'
 def encode_images(
     options: TrainingOptions,
     accelerator: Accelerator,
-    vae: AutoencoderKL,
     dataset: ImageDataset,
     validation_images: ImageDataset | None,
-) -> tuple[LatentDataset, LatentDataset | None]:
-    """(Latents to train on, those to measure the validation loss on or None): read where they have been encoded before.
+    clock: PhaseClock,
+) -> tuple[AutoencoderKL | None, ImageDataset | LatentDataset, ImageDataset | LatentDataset | None]:
+    """(The VAE, latents to train on, those to measure the validation loss on or None); without `--vae`: None, and the
+    images themselves.
 
-    All processes must call it, and share the work.
+    They are read where they have been encoded before. All processes must call it, and share the work.
 
     Raises:
         ValueError: images that the VAE does not take, or `--latents_dir` holds something else.
         OSError: they cannot be written.
     """
+    if options.vae is None:
+        return None, dataset, validation_images
+    vae = load_vae(options.vae)
     latent_shape(vae.config, dataset.channels, dataset.resolution)
     identity = {"sha256": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
     vae.to(accelerator.device)
@@ -56,7 +62,7 @@ def encode_images(
             show_progress=accelerator.is_local_main_process,
         )
 
-    with ExitStack() as held:
+    with clock.phase("encode"), ExitStack() as held:
         if accelerator.is_main_process:
             lock_when_free(held, folder)
         accelerator.wait_for_everyone()
@@ -64,7 +70,7 @@ def encode_images(
         validation_latents = None if validation_images is None else encode(validation_images, "validation")
         accelerator.wait_for_everyone()
     accelerator.print(latents.describe())
-    return latents, validation_latents
+    return vae, latents, validation_latents
 
 
 def lock_when_free(held: ExitStack, folder: Path) -> None:

@@ -134,6 +134,11 @@ class ClassOptions:
     label_column: str | None = HfArg(default=None, help="Of the labels; default: the one of type ClassLabel.")
     class_dropout: float = HfArg(default=0.1, help="How often a label is withheld, which guidance needs.")
 
+    @property
+    def share_of_null_labels(self) -> float:
+        """How often the null class stands for the label: always, in a network that is told no class."""
+        return self.class_dropout if self.class_conditional else 1.0
+
 
 @dataclass
 class MethodOptions:
