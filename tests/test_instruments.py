@@ -86,7 +86,7 @@ def test_a_swapped_network_is_the_strong_one_in_its_segment_alone():
     weak.forward, strong.forward = lambda x, t, class_labels: "weak", lambda x, t, class_labels: "strong"
     weak.config, weak.dtype, weak.device = {}, torch.float32, torch.device("cpu")
     unet = swap_test.SwappedUNet(weak, strong, 10, 20)
-    assert [unet(None, t) for t in (9, 10, 19, 20)] == ["weak", "strong", "strong", "weak"]
+    assert [unet(None, torch.tensor([t])) for t in (9, 10, 19, 20)] == ["weak", "strong", "strong", "weak"]
 
 
 def test_the_swap_test_runs(pipelines, tmp_path):
