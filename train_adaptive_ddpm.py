@@ -68,7 +68,8 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     # All that training changes
     images_per_step = options.images_per_process * accelerator.num_processes
     max_steps = options.total_steps(batches.num_images / images_per_step)
-    state = build_state(options, accelerator, network, sampler, identify(options, dataset), clock, max_steps)
+    identity = identify(options, dataset.pixels, vae)
+    state = build_state(options, accelerator, network, sampler, identity, clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
     state.load(start)
     evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)

@@ -1,7 +1,7 @@
 """The diffusers pipelines that training saves and previews with, and that generation loads."""
 
 from pipelines.checks import image_shape, sample_shape
-from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids, network_of, null_label
+from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids, is_transformer, network_of, null_label
 from pipelines.denoising import denoising_steps
 from pipelines.kernels import choose_kernels
 from pipelines.kinds import Network, Pipeline, make_pipeline, pipeline_class, vae_of
@@ -19,6 +19,7 @@ __all__ = [
     "denoising_steps",
     "find_label_ids",
     "image_shape",
+    "is_transformer",
     "load_configs",
     "load_pipeline",
     "make_grid_image",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from pipelines.class_conditional import null_label
+from pipelines.class_conditional import is_transformer, null_label
 
 SIGMA_LEARNED = ("learned", "learned_range")
 SPACINGS = ("linspace", "leading", "trailing")
@@ -24,7 +24,7 @@ def sample_shape(network_config: dict[str, Any]) -> tuple[int, int, int]:
     if embedding := network_config.get("class_embed_type"):
         raise ValueError(f"the network has class_embed_type={embedding!r}; only plain class labels are known here")
     outputs = network_config.get("out_channels", channels)
-    is_learned_variance = "patch_size" in network_config and outputs == 2 * channels  # of DiT, which is not used here
+    is_learned_variance = is_transformer(network_config) and outputs == 2 * channels  # of DiT, which is not used here
     if outputs not in (channels, None) and not is_learned_variance:
         raise ValueError(f"the network has in_channels={channels} but out_channels={outputs}")
     if size is None:

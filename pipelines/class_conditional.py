@@ -55,6 +55,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(
         self,
         scheduler: KarrasDiffusionSchedulers,
+        *,
         unet: Optional[UNet2DModel] = None,  # noqa: UP045
         transformer: Optional[DiTTransformer2DModel] = None,  # noqa: UP045
         vae: Optional[AutoencoderKL] = None,  # noqa: UP045
@@ -137,9 +138,14 @@ def network_of(pipeline: DiffusionPipeline) -> UNet2DModel | DiTTransformer2DMod
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
+def is_transformer(network_config: dict[str, Any]) -> bool:
+    """Whether the settings are a `DiTTransformer2DModel`'s, and not a `UNet2DModel`'s."""
+    return "num_embeds_ada_norm" in network_config
+
+
 def null_label(network_config: dict[str, Any]) -> int | None:
     """The number of the null class, which stands for no label; None of a U-Net that knows no classes."""
-    if "num_embeds_ada_norm" in network_config:  # a DiTTransformer2DModel has it always
+    if is_transformer(network_config):  # which has one always
         return network_config["num_embeds_ada_norm"]
     num_class_embeds = network_config.get("num_class_embeds")
     return num_class_embeds - 1 if num_class_embeds else None
@@ -238,20 +244,20 @@ def read_id2label(id2label: dict[Any, str] | None, network_config: dict[str, Any
     Raises:
         ValueError: these are not the network's classes.
     """
-    null, is_transformer = null_label(network_config), "num_embeds_ada_norm" in network_config
+    null, is_dit = null_label(network_config), is_transformer(network_config)
     if type(null) is not int or null < 1:
-        name = "num_embeds_ada_norm" if is_transformer else "num_class_embeds"
+        name = "num_embeds_ada_norm" if is_dit else "num_class_embeds"
         raise ValueError(
             f"the network has {name}={network_config.get(name)!r}: a class-conditional one has an embedding for each "
             "class and one for the null class"
         )
     if id2label is None:
-        return None if is_transformer else {number: str(number) for number in range(null)}
+        return None if is_dit else {number: str(number) for number in range(null)}
     if not isinstance(id2label, dict) or not all(isinstance(name, str) for name in id2label.values()):
         raise ValueError('id2label must name the classes, {"0": "airplane", ...}')
-    count, is_number_right = len(id2label), 0 < len(id2label) <= null if is_transformer else len(id2label) == null
+    count, is_number_right = len(id2label), 0 < len(id2label) <= null if is_dit else len(id2label) == null
     if not is_number_right or {str(number) for number in id2label} != {str(number) for number in range(count)}:
-        classes = f"at most {null}, from 0 on" if is_transformer else f"0 to {null - 1}"
+        classes = f"at most {null}, from 0 on" if is_dit else f"0 to {null - 1}"
         raise ValueError(
             f"id2label has {count} names, and must name the classes that the network has embeddings for, {classes}; "
             f"embedding {null} is the null class"

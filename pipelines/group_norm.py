@@ -25,7 +25,7 @@ def fuse_group_norms(unet: UNet2DModel) -> None:
             block.nonlinearity = nn.Identity()
             if block.time_emb_proj is not None:
                 block.time_emb_proj.__class__ = SiLULinear
-    if type(unet.conv_act) is nn.SiLU:
+    if type(getattr(unet, "conv_act", None)) is nn.SiLU:  # a transformer has none
         unet.conv_norm_out.activated, unet.conv_act = True, nn.Identity()
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 
 from pipelines.checks import check_forward, check_scheduler, check_vae_config, image_shape, sample_shape
-from pipelines.class_conditional import MODULE, ClassConditionalPipeline, null_label, read_id2label
+from pipelines.class_conditional import MODULE, ClassConditionalPipeline, is_transformer, null_label, read_id2label
 from pipelines.kinds import Pipeline, make_pipeline
 from pipelines.weights import nonfinite_weights
 
@@ -151,7 +151,10 @@ def load_configs(name_or_path: str) -> PipelineConfigs:
     for name, component in components.items():
         with one_kind_of_error(f"{name_or_path}/{name}"):
             config, _ = load_component_config(component, name_or_path, name)
-            check_vae_config(config) if name in VAES else check_network_config(component, config)
+            if name in VAES:
+                config = complete_vae_config(config)
+            else:
+                check_network_config(component, config)
             networks[name] = component, config
     configs = PipelineConfigs(networks, None, None)
     with one_kind_of_error(f"{name_or_path}/vae"):
@@ -192,12 +195,12 @@ def load_index(name_or_path: str) -> tuple[dict[str, Any], dict[str, type]]:
 def read_classes(index: dict[str, Any], network_config: dict[str, Any]) -> dict[int, str] | None:
     """{number: name} of the classes of a pipeline, which must be those of its network; None if it is unconditional."""
     kind, id2label = index["_class_name"], index.get("id2label")
-    is_transformer = "num_embeds_ada_norm" in network_config
-    if kind != CLASS_CONDITIONAL and not is_transformer:
+    is_dit = is_transformer(network_config)
+    if kind != CLASS_CONDITIONAL and not is_dit:
         if null_label(network_config) is not None:
             raise ValueError(f"the UNet2DModel is class-conditional, and a {kind} does not name the classes")
         return None
-    if id2label is None and not is_transformer:
+    if id2label is None and not is_dit:
         raise ValueError(f"a {kind[1]} must have id2label, the names of the classes")
     return read_id2label(id2label, network_config)
 
@@ -230,6 +233,15 @@ def check_network_config(component: type, config: dict[str, Any]) -> None:
     with torch.device("meta"):
         network = component.from_config(config)
     check_forward(network, shape)
+
+
+def complete_vae_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A VAE's config with diffusers' defaults for what it leaves out, as those of the first ones on the Hub do the
+    scaling factor. Raises ValueError, see `check_vae_config`."""
+    with torch.device("meta"):
+        complete = dict(AutoencoderKL.from_config(config).config)
+    check_vae_config(complete)
+    return complete
 
 
 @contextmanager

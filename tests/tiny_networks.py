@@ -32,7 +32,7 @@ def tiny_pipeline(scheduler=None, **unet_settings):
 def tiny_conditional_pipeline(scheduler=None, id2label=CLASSES, **unet_settings):
     """A pipeline of three classes, whose embeddings differ more than those of a new network."""
     unet, scheduler = tiny_unet(num_class_embeds=4, **unet_settings), scheduler or DDPMScheduler(num_train_timesteps=20)
-    pipeline = ClassConditionalPipeline(scheduler, unet, id2label=id2label)
+    pipeline = ClassConditionalPipeline(scheduler, unet=unet, id2label=id2label)
     pipeline.unet.class_embedding.weight.data *= 5
     return pipeline
 
@@ -42,7 +42,7 @@ def tiny_dit(channels=1, seed=0, is_shared=False, **settings):
     embedding; or shares one, as in training. Its weights all tell: at the paper's initial ones the output is zero."""
     torch.manual_seed(seed)
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, **settings}
-    dit = make_dit(dit_config(sizes, channels, resolution=8))
+    dit = make_dit(dit_config({}, sizes, channels, resolution=8))
     for parameter in dit.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     if is_shared:

@@ -1,6 +1,7 @@
 """The `DiTTransformer2DModel` to train (Peebles & Xie 2023, arXiv 2212.09748), as the paper has it where diffusers'
 class has not."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -24,9 +25,14 @@ NUM_LABELS = 1000  # `DiTPipeline` takes number 1000 for the null class, however
 
 
 def dit_config(
-    settings: dict[str, Any], channels: int, resolution: int, num_classes: int | None = None
+    settings: dict[str, Any],
+    start: dict[str, Any],
+    channels: int,
+    resolution: int,
+    num_classes: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of the `DiTTransformer2DModel` to train.
+    """Keyword arguments of the `DiTTransformer2DModel` to train: those to start from, a preset's or saved ones, with
+    `settings` over them.
 
     Raises:
         ValueError: more classes than it can have, a size that its patches do not divide, or settings that the data
@@ -43,12 +49,14 @@ def dit_config(
         if settings[name] != fixed[name]:
             decides = "the images decide that, which have" if name in by_data else "DiTPipeline needs"
             raise ValueError(f"--dit {name} {settings[name]}: {decides} {fixed[name]}")
-    patch_size = settings.get("patch_size")
+    known = inspect.signature(DiTTransformer2DModel.__init__).parameters  # of its former class, there are more
+    config = {name: value for name, value in start.items() if name in known} | settings | fixed
+    patch_size = config.get("patch_size")
     if type(patch_size) is int and patch_size > 0 and resolution % patch_size:
         raise ValueError(
             f"--dit patch_size {patch_size}: does not divide the side of what it is trained on, {resolution}"
         )
-    return {**settings, **fixed}
+    return config
 
 
 def make_dit(config: dict[str, Any]) -> DiTTransformer2DModel:

@@ -51,7 +51,8 @@ def dry_run(
     }
     for name, text in lines.items():
         state.accelerator.print(f"{name:10} {text}")
-    state.accelerator.print("a dry run: nothing was written")
+    latents = ", but for the latents, which the run itself will find" if options.vae else ""
+    state.accelerator.print(f"a dry run: nothing was written{latents}")
 
 
 def what_is_left(

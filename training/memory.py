@@ -12,10 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_memory(
-    network: Network, image_shape: tuple[int, int, int], batch_size: int, is_half: bool, available: int
+    network: Network,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    is_half: bool,
+    available: int,
+    num_shards: int = 1,
 ) -> None:
     """Say so if training will probably not fit into `available` bytes. Arguments are those of `training_memory`."""
-    needed = training_memory(network, image_shape, batch_size, is_half)
+    needed = training_memory(network, image_shape, batch_size, is_half, num_shards)
     if needed > available:
         logger.warning(
             f"--train_batch_size {batch_size}: training takes about {needed / 1e9:,.1f} GB, and the device has "
@@ -24,18 +29,23 @@ def warn_of_memory(
         )
 
 
-def training_memory(network: Network, image_shape: tuple[int, int, int], batch_size: int, is_half: bool) -> int:
+def training_memory(
+    network: Network, image_shape: tuple[int, int, int], batch_size: int, is_half: bool, num_shards: int = 1
+) -> int:
     """About how many bytes training takes on a device: the weights and all that is kept of them, and what the forward
-    pass of a batch keeps for the backward pass. Kernels' own buffers and the images come on top.
+    pass of a batch keeps for the backward pass. Kernels' own buffers, the images and a VAE come on top.
 
     Args:
         network: on the meta device, which computes nothing; its gradient checkpointing counts.
         image_shape: (C, H, W) of images or latents.
         batch_size: of a process and accumulation step.
         is_half: whether activations are of 16 bits, but for a few.
+        num_shards: devices that share out the weights (FSDP).
     """
     weights = sum(parameter.numel() for parameter in network.parameters())
-    return COPIES * 4 * weights + activation_memory(network, image_shape, batch_size) // (2 if is_half else 1)
+    return COPIES * 4 * weights // num_shards + activation_memory(network, image_shape, batch_size) // (
+        2 if is_half else 1
+    )
 
 
 def activation_memory(network: Network, image_shape: tuple[int, int, int], batch_size: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
-from pipelines import Network
+from pipelines import Network, is_transformer
 from pipelines.checks import check_forward
 
 from .dit import DEFAULT, PRESETS, dit_config, make_dit
@@ -51,7 +51,7 @@ def network_config(
     if not options.is_dit:
         return unet_config(options.unet, saved, channels, resolution, num_classes)
     preset = PRESETS[DEFAULT if options.model == "dit" else options.model]
-    return dit_config((saved or preset) | options.dit, channels, resolution, num_classes)
+    return dit_config(options.dit, saved or preset, channels, resolution, num_classes)
 
 
 def network_class(options: ModelOptions) -> type[Network]:
@@ -67,7 +67,7 @@ def network_on_meta(config: dict[str, Any]) -> Network:
 
 def class_of(config: dict[str, Any]) -> type[Network]:
     """The class that a network's settings are of."""
-    return DiTTransformer2DModel if "patch_size" in config else UNet2DModel
+    return DiTTransformer2DModel if is_transformer(config) else UNet2DModel
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import logging
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from images import latent_shape
 from pipelines.checks import vae_factor
@@ -18,7 +18,7 @@ from .network import build_network, network_class
 from .noise_schedule import build_noise_scheduler
 from .options import ModelOptions, TrainingOptions
 from .output import OutputDir
-from .resuming import Start, check_same_network, find_start
+from .resuming import Start, check_same_network, check_same_vae, find_start
 from .saved_config import load_network_config
 from .vae import load_vae_config
 
@@ -42,6 +42,7 @@ def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[Outpu
         warn_of_other_network(options)
     plan_run(options)
     check_same_network(options, start)
+    check_same_vae(options, start)
     if accelerator.device.type == "cuda":
         check_gpu_memory(options, accelerator)
     return output, hub, start
@@ -54,7 +55,9 @@ def check_gpu_memory(options: TrainingOptions, accelerator: Accelerator) -> None
         network = build_network(options, channels, resolution, stand_in_classes(options))
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
     is_half = accelerator.mixed_precision in ("bf16", "fp16")
-    warn_of_memory(network, (channels, resolution, resolution), options.train_batch_size, is_half, total)
+    num_shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
+    shape = channels, resolution, resolution
+    warn_of_memory(network, shape, options.train_batch_size, is_half, total, num_shards)
 
 
 def warn_of_other_network(options: ModelOptions) -> None:

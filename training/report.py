@@ -90,11 +90,12 @@ def write_model_card(
 def card_metadata(options: TrainingOptions) -> ModelCardData:
     """What the Hub files a model under."""
     on_hub = options.dataset_name != "digits" and not Path(options.dataset_name).exists()
+    kind = "class-conditional-image-generation" if options.class_conditional else "unconditional-image-generation"
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=None if options.class_conditional else kind,  # the Hub has none for classes
         datasets=[options.dataset_name] if on_hub else None,
-        tags=["pytorch", "diffusers", "unconditional-image-generation", "adaptive-ddpm"],
+        tags=["pytorch", "diffusers", kind, "adaptive-ddpm"],
     )
 
 

@@ -8,14 +8,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from images import check_output_outside_data
-from pipelines import null_label
+from pipelines import is_transformer, null_label
 from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
 from .network import network_config, network_on_meta
-from .options import ClassOptions, TrainingOptions
+from .options import ClassOptions, ModelOptions, TrainingOptions
 from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
+from .vae import identify_vae, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def check_same_network(options: TrainingOptions, start: Start) -> None:
     saved = start.process_state.get("network") or start.process_state.get("unet")  # as earlier versions call it
     if saved is None:
         return
-    if options.is_dit != ("patch_size" in saved):
+    if options.is_dit != is_transformer(saved):
         raise ValueError(f"--model {options.model}: the network in {start.checkpoint} is a {saved['_class_name']}")
     if options.class_conditional and null_label(saved) is None:
         raise ValueError(f"--class_conditional: the network in {start.checkpoint} knows no classes")
@@ -109,6 +110,21 @@ def check_same_network(options: TrainingOptions, start: Start) -> None:
         raise ValueError(
             f"--resume_from_checkpoint {start.checkpoint}: is of another network than the options (--model, --unet, "
             f"--dit, --model_config_name_or_path) describe: {listed}"
+        )
+
+
+def check_same_vae(options: ModelOptions, start: Start) -> None:
+    """Refuse to go on in the latents of another VAE, or of pixels in latents.
+
+    Raises:
+        ValueError: naming both.
+    """
+    saved = (start.process_state.get("data") or {}).get("vae")
+    now = identify_vae(load_vae(options.vae)) if options.vae and start.checkpoint else None
+    if start.checkpoint and saved != now:
+        then, to_be = (f"the latents of VAE {vae}" if vae else "pixels" for vae in (saved, now))
+        raise ValueError(
+            f"--vae {options.vae}: the network in {start.checkpoint} was trained on {then}, and would go on on {to_be}"
         )
 
 

@@ -6,7 +6,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from pipelines import Network
 
-SUBFOLDERS = {UNet2DModel: "unet", DiTTransformer2DModel: "transformer"}  # of a pipeline
+SUBFOLDERS = (None, "unet", "transformer")  # a network's own folder, or a pipeline's
+FLAGS = {"UNet2DModel": "--model unet", "DiTTransformer2DModel": "--model dit"}
 FORMER_NAMES = {"Transformer2DModel": "DiTTransformer2DModel"}  # as facebook/DiT-XL-2-256 has it
 TELLTALES = {UNet2DModel: "block_out_channels", DiTTransformer2DModel: "patch_size"}  # settings without a class
 
@@ -19,16 +20,24 @@ def load_network_config(name_or_path: str, network_class: type[Network]) -> dict
     """
     flag, expected = f"--model_config_name_or_path {name_or_path}", network_class.__name__
     try:
-        try:
-            config = network_class.load_config(name_or_path)
-        except OSError:  # no config.json: a pipeline's
-            config = network_class.load_config(name_or_path, subfolder=SUBFOLDERS[network_class])
-        config = dict(config)
+        config = dict(load_first_config(name_or_path, network_class))
     except Exception as error:  # of the file system, the Hub, JSON, or a JSON list
         raise ValueError(f"{flag}: no {expected}'s config: {error}") from error
     kind = config.get("_class_name", expected)
     kind = FORMER_NAMES.get(kind, kind)
     if kind != expected or TELLTALES[network_class] not in config:
-        found = f"a {kind}'s" if kind != expected else f"one without {TELLTALES[network_class]}"
+        hint = f" ({FLAGS[kind]})" if kind in FLAGS else ""
+        found = f"a {kind}'s{hint}" if kind != expected else f"one without {TELLTALES[network_class]}"
         raise ValueError(f"{flag}: no {expected}'s config, but {found}")
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def load_first_config(name_or_path: str, network_class: type[Network]) -> dict[str, Any]:
+    """The first config.json that there is; OSError if there is none."""
+    errors = []
+    for subfolder in SUBFOLDERS:
+        try:
+            return network_class.load_config(name_or_path, subfolder=subfolder)
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]

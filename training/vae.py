@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from pipelines.checks import check_vae_config
-from pipelines.loading import load_component_config, load_network
+from pipelines.loading import complete_vae_config, load_component_config, load_network
+from pipelines.weights import hash_weights
 
 
 def load_vae(name_or_path: str) -> AutoencoderKL:
@@ -27,9 +27,12 @@ def load_vae_config(name_or_path: str) -> dict[str, Any]:
         config, _ = load_component_config(AutoencoderKL, name_or_path, "vae")
         if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise ValueError(f"is a {kind}, and must be an AutoencoderKL")
-        settings = dict(AutoencoderKL.from_config(config).config)
-        check_vae_config(settings)
-    return settings
+        return complete_vae_config(config)
+
+
+def identify_vae(vae: AutoencoderKL) -> dict[str, Any]:
+    """What its latents depend on, as JSON can hold it."""
+    return {"sha256": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
 
 
 @contextmanager

@@ -103,8 +103,8 @@ class ValidationLoss:
         """(timesteps [B], losses [B], losses [B]) of the examples of these numbers."""
         device = self.accelerator.device
         image_numbers = self.image_numbers[numbers]
-        latent_noise = self._noise(image_numbers + NUM_EXAMPLES)  # an image has one latent, however often it comes
-        images = self.to_inputs(self.images[image_numbers], None, lambda shape: latent_noise).to(device)
+        draw = lambda shape: self._noise(image_numbers + NUM_EXAMPLES)  # noqa: E731  an image has one latent
+        images = self.to_inputs(self.images[image_numbers], None, draw).to(device)
         labels, timesteps = self.labels[image_numbers].to(device), self.timesteps[numbers].to(device)
         noise = self._noise(numbers).to(device)
         losses = denoiser.epsilon_losses(images, noise, timesteps, labels)

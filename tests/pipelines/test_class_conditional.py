@@ -128,7 +128,7 @@ def test_names_that_are_not_those_of_the_network_are_refused(id2label, num_class
 def test_classes_without_names_are_named_by_their_numbers():
     assert tiny_conditional_pipeline(id2label=None).labels == {"0": 0, "1": 1, "2": 2}
     with pytest.raises(ValueError, match="num_class_embeds=None"):
-        ClassConditionalPipeline(DDPMScheduler(), tiny_unet())
+        ClassConditionalPipeline(DDPMScheduler(), unet=tiny_unet())
 
 
 STOCK = """

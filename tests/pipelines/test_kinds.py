@@ -1,5 +1,6 @@
 """Pipelines of a U-Net or a transformer, of images or latents, with classes or without: saved, loaded and sampled."""
 
+import json
 import subprocess
 import sys
 
@@ -147,7 +148,7 @@ def test_a_pipeline_has_one_network():
     with pytest.raises(ValueError, match="either a unet or a transformer"):
         ClassConditionalPipeline(DDPMScheduler())
     with pytest.raises(ValueError, match="either a unet or a transformer"):
-        ClassConditionalPipeline(DDPMScheduler(), tiny_unet(num_class_embeds=4), tiny_dit())
+        ClassConditionalPipeline(DDPMScheduler(), unet=tiny_unet(num_class_embeds=4), transformer=tiny_dit())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,16 @@ def test_a_vae_that_does_not_fit_is_refused(tmp_path, vae, message):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^{tmp_path}/vae: .*{message}"):
         load_configs(str(tmp_path))
+
+
+def test_a_vae_without_a_scaling_factor_has_the_first_ones(tmp_path):
+    """As VAEs of early diffusers have it."""
+    make("DiTPipeline").save_pretrained(tmp_path)
+    path = tmp_path / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    assert load_configs(str(tmp_path)).vae["scaling_factor"] == 0.18215
 
 
 def test_weights_of_a_vae_that_are_not_there_are_named(tmp_path):

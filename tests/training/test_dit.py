@@ -1,5 +1,6 @@
 """The transformer that is trained: the paper's, where diffusers' class is not."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from tiny_networks import tiny_dit
 
+from pipelines import choose_kernels
 from pipelines.checks import check_forward
 from training.dit import NUM_LABELS, PRESETS, dit_config, make_dit
 from training.memory import activation_memory, training_memory, warn_of_memory
@@ -19,7 +21,7 @@ SMALL = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "p
 @pytest.fixture(scope="module")
 def dit():
     torch.manual_seed(0)
-    return make_dit(dit_config(SMALL, channels=4, resolution=8))
+    return make_dit(dit_config({}, SMALL, channels=4, resolution=8))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def dit():
     [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)],
 )
 def test_sizes_are_the_papers(preset, millions):
-    dit = network_on_meta(dit_config(PRESETS[preset], channels=4, resolution=32, num_classes=1000))
+    dit = network_on_meta(dit_config({}, PRESETS[preset], channels=4, resolution=32, num_classes=1000))
     assert sum(parameter.numel() for parameter in dit.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
     check_forward(dit, (4, 32, 32))
     assert dit.config.patch_size == 2
@@ -35,14 +37,14 @@ def test_sizes_are_the_papers(preset, millions):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_preset_makes_what_it_is_shown(preset):
-    dit = network_on_meta(dit_config(PRESETS[preset], channels=4, resolution=32))
+    dit = network_on_meta(dit_config({}, PRESETS[preset], channels=4, resolution=32))
     check_forward(dit, (4, 32, 32))
     assert f"/{dit.config.patch_size}" in preset
 
 
 def test_without_a_shared_embedding_it_is_much_larger():
     """What diffusers' class has, and the paper has not: an embedding in each of XL's 28 blocks."""
-    config = dit_config(PRESETS["DiT-XL/2"], channels=4, resolution=32)
+    config = dit_config({}, PRESETS["DiT-XL/2"], channels=4, resolution=32)
     with torch.device("meta"):
         theirs = DiTTransformer2DModel(**config)
     ours = network_on_meta(config)
@@ -148,13 +150,43 @@ def test_gradient_checkpointing_changes_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
+def test_saved_settings_go_on_at_another_size(tmp_path):
+    """Also those of facebook/DiT-XL-2-256: of diffusers' former class, with a learned variance."""
+    tiny_dit(channels=3).save_pretrained(tmp_path / "saved")
+    given = options(num_layers=3)
+    given.model_config_name_or_path = str(tmp_path / "saved")
+    network = build_network(given, channels=1, resolution=16)
+    assert (network.config.num_layers, network.config.attention_head_dim, network.config.sample_size) == (3, 8, 16)
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "Transformer2DModel", "out_channels": 6}
+    path.write_text(json.dumps(config | {"cross_attention_dim": None, "num_vector_embeds": None}))
+    assert build_network(given, channels=1, resolution=16).config.out_channels == 1
+
+
+def test_the_settings_of_another_network_are_refused_with_the_flag_for_them(tmp_path):
+    given = ModelOptions(model_config_name_or_path=str(tmp_path))
+    tiny_dit().save_pretrained(tmp_path / "transformer")  # as in a pipeline's folder
+    with pytest.raises(ValueError, match=r"no UNet2DModel's config, but a DiTTransformer2DModel's \(--model dit\)"):
+        build_network(given, 1, 8)
+
+
+def test_what_is_compiled_need_not_be_a_unet(monkeypatch):
+    """Group normalisation is fused where there is any."""
+    dit, x, t, labels = tiny_dit(), torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])
+    expected, compiled = dit(x, t, labels).sample, []
+    monkeypatch.setattr(dit, "compile", lambda mode: compiled.append(mode))
+    choose_kernels(dit, torch.device("cpu"), "bf16", compiled=True)
+    assert compiled == [None]
+    torch.testing.assert_close(dit(x, t, labels).sample, expected)
+
+
 # Memory
 
 
 @pytest.mark.parametrize("is_on", [False, True])
 def test_what_a_step_keeps_is_counted_without_computing_it(is_on):
     """The same on the meta device and with real tensors; and much less where blocks are computed again."""
-    config = dit_config({**SMALL, "num_layers": 8}, channels=4, resolution=8)
+    config = dit_config({"num_layers": 8}, SMALL, channels=4, resolution=8)
     found = []
     for network in (network_on_meta(config), make_dit(config)):
         if is_on:
@@ -167,7 +199,7 @@ def test_what_a_step_keeps_is_counted_without_computing_it(is_on):
 
 
 def test_xl_takes_the_memory_that_its_sizes_say(caplog):
-    network = network_on_meta(dit_config(PRESETS["DiT-XL/2"], channels=4, resolution=32)).train()
+    network = network_on_meta(dit_config({}, PRESETS["DiT-XL/2"], channels=4, resolution=32)).train()
     weights = 20 * 674.8e6  # weights, gradients, average and Adam's moments
     tokens = 32 * 256 * 1152 * 4  # of a block
     needed = training_memory(network, (4, 32, 32), batch_size=32, is_half=False)

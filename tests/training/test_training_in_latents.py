@@ -38,6 +38,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_same(train, flags):
     whole = train("whole", *flags, "--max_train_steps", 12).wait()
     train("run", *flags, "--max_train_steps", 6).wait()
     resumed = train("run", *flags, "--max_train_steps", 12, "--resume_from_checkpoint", "latest").wait()
+    warned = [line for line in resumed.output.splitlines() if "resuming with" in line or "has changed" in line]
+    assert warned == ["resuming with --max_train_steps 12, which was 6"]
     assert resumed.metrics == whole.metrics
     assert (resumed.folder / WEIGHTS).read_bytes() == (whole.folder / WEIGHTS).read_bytes()
     assert "Removed shared tensor" not in resumed.output
@@ -164,6 +166,21 @@ def test_images_that_the_vae_or_the_patches_do_not_divide_are_refused(refused, v
     assert "--dit patch_size 2: does not divide the side of what it is trained on, 3" in found
     found = refused("--vae", vae, "--image_mode", "RGB")
     assert "--vae: encodes images of 1 channel(s), and these have 3; pass --image_mode L" in found
+
+
+def test_a_run_does_not_go_on_in_the_latents_of_another_vae(train, in_latents, tmp_path):
+    train("run", *SMALL_DIT, *in_latents, "--max_train_steps", 1).wait()
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", 2)
+    tiny_vae(seed=1).save_pretrained(tmp_path / "other")
+    others = ("--vae", tmp_path / "other", "--latents_dir", tmp_path / "others")
+    for flags in ((*in_latents, *others), ()):
+        found = train("run", *SMALL_DIT, *flags, *resume).wait(1).output.splitlines()[-1]
+        assert "was trained on the latents of VAE {'sha256'" in found
+    assert "would go on on pixels" in found
+    assert not (tmp_path / "others").exists()
+    train("pixels", *SMALL_DIT, "--max_train_steps", 1).wait()
+    found = train("pixels", *SMALL_DIT, *in_latents, *resume).wait(1).output.splitlines()[-1]
+    assert "was trained on pixels, and would go on on the latents of VAE" in found
 
 
 def test_another_kind_of_network_is_not_resumed(train):
