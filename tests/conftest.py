@@ -101,8 +101,16 @@ def few_digits(digits, tmp_path_factory):
     return path
 
 
+def _begin_anew():
+    """In the new process: what it starts itself is started as by a script. It has inherited the method by which it was
+    started: the data workers of a run would come from a server of their own, which imports everything once more, and
+    which outlives the run if that is killed."""
+    multiprocessing.set_start_method(None, force=True)
+
+
 def _run(flags, log_path, tamper):
     """In the new process: output to a file, then the script as from the command line."""
+    _begin_anew()
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -144,6 +152,7 @@ class Run:
 
 def _as_script(path, arguments, folder, outputs, environment):
     """In the new process: standard output and error to files, then the script as from the command line."""
+    _begin_anew()
     for number, output in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)
