@@ -26,9 +26,10 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 processes = multiprocessing.get_context("forkserver")
-# Training, generation, and what they import at the first use of the digits and of TensorBoard
+# Training, generation, and what they import at the first use of the digits, of TensorBoard and of scores
 processes.set_forkserver_preload(
     ["train_adaptive_ddpm", "generate", "sklearn.datasets", "torch.utils.tensorboard", "torch.distributed.fsdp"]
+    + ["scoring.frechet_metric", "transformers.models.regnet.modeling_regnet"]
 )
 
 TINY = [
