@@ -11,6 +11,7 @@ settings (other seeds, on a machine of the same kind) are reported together with
 """
 
 import ctypes
+import gc
 import itertools
 import json
 import signal
@@ -191,4 +192,5 @@ def report(results: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # all that was imported: looking through it when the process ends would take a second and more
     main(sys.argv[1:])

@@ -13,6 +13,7 @@ al. 2019) look at the same features as the other metrics, as in ADM's evaluator;
 that they are extracted once, and anew when anything about it or the extractor has changed.
 """
 
+import gc
 import os
 import shlex
 import sys
@@ -105,4 +106,5 @@ def make_cache_dir(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # all that was imported: looking through it when the process ends would take a second and more
     main()

@@ -11,6 +11,7 @@ A class-conditional model samples its classes in turn, or those of --class_label
 images/metadata.jsonl, in the column `label` of the parquet files, or in arr_1 of images.npz.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -136,5 +137,6 @@ def on_main(state: PartialState, function: Callable[[], Any], share: bool = True
 
 
 if __name__ == "__main__":
+    gc.freeze()  # all that was imported: looking through it when the process ends would take a second and more
     with exit_when_stopped():
         main()

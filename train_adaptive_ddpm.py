@@ -5,6 +5,7 @@ accelerate launch train_adaptive_ddpm.py --config configs/cifar10.yaml --mixed_p
 """
 
 import argparse
+import gc
 import sys
 from contextlib import closing
 from functools import partial
@@ -164,4 +165,5 @@ def command_line(argv: list[str]) -> TrainingOptions:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # all that was imported: looking through it when the process ends would take a second and more
     main(command_line(sys.argv[1:]))

@@ -1,8 +1,11 @@
 """The instruments in benchmarks/: what they compute, by closed form, and that they run."""
 
 import json
+import multiprocessing
 import sys
 from functools import partial
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +140,15 @@ def test_encoding_a_batch_is_drawing_from_the_posterior_that_is_cached():
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
+def fork_contestants(monkeypatch, after):
+    """Let so many contestants have an interpreter of their own, as they do in use; then, fork them from the server."""
+    methods = chain(repeat("spawn", after), repeat("forkserver"))
+    contexts = SimpleNamespace(get_context=lambda _: multiprocessing.get_context(next(methods)))
+    monkeypatch.setattr(throughput, "multiprocessing", contexts)
+
+
 def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):
+    fork_contestants(monkeypatch, after=1)
     monkeypatch.setattr(sys, "argv", ["benchmarks/throughput.py"])
     path = tmp_path / "throughput.json"
     flags = ["--dataset_name", "digits", "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--repeats", 1]
@@ -197,7 +208,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_convolutions_and_products():
         (["--unet", '{"norm_num_groups": 5}'], "a contestant has failed"),
     ],
 )
-def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags, message):
+def test_a_throughput_benchmark_that_cannot_be_ends_with_a_message(flags, message, monkeypatch):
+    fork_contestants(monkeypatch, after=0)
     options = parse_options(throughput.ThroughputOptions, ["--resolution", "8", *flags])
     with pytest.raises(SystemExit, match=message):
         throughput.main(options)

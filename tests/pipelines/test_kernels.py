@@ -75,7 +75,7 @@ def test_each_device_and_precision_has_its_kernels():
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 0.02)])
 def test_a_network_with_other_kernels_is_the_same_network(precision, tolerance):
-    plain, other = unet(), unet()
+    plain, other = unet(COMPILED_UNET), unet(COMPILED_UNET)
     choose_kernels(other, CPU, precision, compiled=False)
     fuse_group_norms(other)  # as if compiled
     other.compile(backend="aot_eager")  # traced in the same way, without the wait for a C++ compiler

@@ -1,9 +1,8 @@
 """What a run says while it goes on."""
 
-import subprocess
 import sys
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, forked
 
 
 def test_where_there_is_no_terminal_each_record_is_a_line_and_no_bar_is_drawn(train):
@@ -16,9 +15,9 @@ def test_where_there_is_no_terminal_each_record_is_a_line_and_no_bar_is_drawn(tr
 
 
 def test_help_has_the_options_under_their_headings():
-    command = [sys.executable, REPOSITORY / "train_adaptive_ddpm.py", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sections = [section.partition(":\n")[::2] for section in text.split("\n\n")]
+    done = forked([sys.executable, REPOSITORY / "train_adaptive_ddpm.py", "--help"])
+    assert done.returncode == 0, done.stderr
+    sections = [section.partition(":\n")[::2] for section in done.stdout.split("\n\n")]
     flags = {heading.strip(): body for heading, body in sections}
     assert "--validation_split" in flags["Loss by timestep on held-out images"]
     assert "--ddpm_num_steps" in flags["Model and noise"]
