@@ -1,5 +1,6 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -8,9 +9,12 @@ import torch.distributed as dist
 
 from .schedule import NoiseSchedule
 
+logger = logging.getLogger(__name__)
+
 ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 Value = TypeVar("Value")
+FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
 
 
 def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,7 +48,10 @@ class TimestepSampler:
     Args:
         schedule: the noise schedule.
         loss_weights: [T] the loss weighting c_t; ones by default.
-        error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares.
+        error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares. One that
+            is made from data has `state_dict` and `load_state_dict`: it becomes a part of the sampler's state.
+        made_of: {"loss_weighting": name, "image_shape": [C, H, W], or None if no images were used}: what the objective
+            was made of, where that is known. The state of a sampler that was made of something else is refused.
         low_discrepancy: False for independent draws.
         antithetic_noise: pair the examples of a batch; by default as the class says.
         seed: of the draws; the same on all ranks.
@@ -62,6 +69,7 @@ class TimestepSampler:
         loss_weights: torch.Tensor | None = None,
         *,
         error_filter: ErrorFilter = mean_squares,
+        made_of: dict[str, Any] | None = None,
         low_discrepancy: bool = True,
         antithetic_noise: bool | None = None,
         seed: int = 0,
@@ -70,6 +78,7 @@ class TimestepSampler:
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter
+        self.made_of = made_of or {}
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -144,26 +153,54 @@ class TimestepSampler:
         """The optimiser has moved the model: measure it again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next draws depend on."""
-        state = {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
-        for name in ("seed", "num_draws", "probabilities", *self.state_names):
-            value = getattr(self, name)
-            state[name] = value.cpu().clone() if torch.is_tensor(value) else value
-        return state
+        """Everything that the next draws and the objective depend on, and what the sampler is made of, by name."""
+        state = self._kind() | self._parts()
+        for name in ("seed", "num_draws", "probabilities", "loss_weights", *self.state_names):
+            state[name] = getattr(self, name)
+        if hasattr(self.error_filter, "state_dict"):
+            state |= {FILTER_PREFIX + name: value for name, value in self.error_filter.state_dict().items()}
+        return {name: value.cpu().clone() if torch.is_tensor(value) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the sampler that was saved would have.
+        """Go on as the sampler that was saved would have, with its objective, whatever images this one was made from.
+
+        A state of an earlier version does not hold the objective: this sampler's own stays, which is logged as a
+        warning if it was made from images.
 
         Raises:
-            ValueError: the state is of another kind of sampler or another number of timesteps.
+            ValueError: the state is of another kind of sampler, another number of timesteps, or another loss weighting,
+                error filter or image shape; nothing is changed.
         """
-        for name, own in (("sampler", type(self).__name__), ("num_train_timesteps", self.num_train_timesteps)):
+        known = {name: own for name, own in self._parts().items() if name in state}
+        for name, own in (self._kind() | known).items():
             if state.get(name) != own:
                 raise ValueError(f"cannot load this timestep sampler state: its {name} is {state.get(name)}, not {own}")
+        if "loss_weights" in state:
+            self._restore_objective(state)
+        elif self.made_of.get("image_shape", True):  # or not known
+            logger.warning(
+                "this timestep sampler state is of an earlier version, without the objective: loss weighting and error "
+                "filter are made anew from the images, and may differ from those of the run so far"
+            )
         for name in ("seed", "num_draws", *self.state_names):
             value = state[name]
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         self._restore_density(state["probabilities"])
+        self._weights = self.weights
+
+    def _kind(self):
+        return {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
+
+    def _parts(self):
+        """What the objective is made of, by name; an error filter that is no function has its class's."""
+        filter_name = getattr(self.error_filter, "__name__", type(self.error_filter).__name__)
+        return {"error_filter": filter_name, **self.made_of}
+
+    def _restore_objective(self, state):
+        if hasattr(self.error_filter, "load_state_dict"):
+            names = (name for name in state if name.startswith(FILTER_PREFIX))
+            self.error_filter.load_state_dict({name.removeprefix(FILTER_PREFIX): state[name] for name in names})
+        self.loss_weights = state["loss_weights"].to(self.device, copy=True)
 
     def _restore_density(self, probabilities):
         self.probabilities = self._table(probabilities)  # already normalised: again would change the last bits

@@ -206,11 +206,21 @@ def test_a_finished_run_resumed_keeps_its_summary(train, never_stopped, tmp_path
     assert "which was" not in again.output
 
 
-def test_another_sampler_cannot_take_over(train):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--method", "ddpm", "--timestep_sampler_options", "{}"),
+            "its sampler is AdaptiveSampler, not UniformSampler",
+        ),
+        (("--loss_weighting", "spectral"), "its loss_weighting is bell, not spectral"),
+        (("--error_filter", "none"), "its error_filter is WienerFilter, not mean_squares"),
+    ],
+)
+def test_another_sampler_or_objective_cannot_take_over(train, flags, message):
     train("run", "--max_train_steps", 6).wait()
-    flags = ("--method", "ddpm", "--timestep_sampler_options", "{}")
     run = train("run", "--resume_from_checkpoint", "latest", *flags).wait(1)
-    assert "its sampler is AdaptiveSampler, not UniformSampler" in run.output.splitlines()[-1]
+    assert message in run.output.splitlines()[-1]
     options = yaml.safe_load((run.folder / "training_options.yaml").read_text())
     assert options["method"] == "adaptive"  # what cannot be gone on with leaves no trace
 
