@@ -1,5 +1,6 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from .precision import widest_float
 from .schedule import NoiseSchedule
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ class TimestepSampler:
     With `antithetic_noise`, example i of a batch and example i + n / 2 are neighbours in t, for the training loop to
     give them noise of opposite sign (`antithetic_randn`). An example's gradient depends on its noise much as its
     neighbour's does, most of all on the noise's mean over the image, whatever the images are; in the sum of the two,
-    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even.
+    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even, and always
+    for the batch of all ranks together, in which rank r has the examples r, r + world_size, ...: of odd batches on
+    several ranks, the two of a pair are on different ones.
 
     Args:
         schedule: the noise schedule.
@@ -213,27 +217,41 @@ class TimestepSampler:
         self._draw_from(self.probabilities)
 
     def _draw_from(self, probabilities):
-        cdf = probabilities.double().cumsum(0)  # in float32 the last point could round to 1, beyond every timestep
+        cdf = probabilities.to(widest_float(self.device)).cumsum(0)
         self._cdf = cdf / cdf[-1]
         self._weights = self.weights
 
     def _draw(self, num_draws, generator):
         """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF, in rising order."""
+        options = {"generator": generator, "device": self.device, "dtype": self._cdf.dtype}
         if self.low_discrepancy:
-            offset = torch.rand(1, generator=generator, device=self.device, dtype=torch.float64)
-            points = (torch.arange(num_draws, device=self.device) + offset) / num_draws
+            points = (torch.arange(num_draws, device=self.device) + torch.rand(1, **options)) / num_draws
         else:
-            points = torch.rand(num_draws, generator=generator, device=self.device, dtype=torch.float64).sort().values
+            points = torch.rand(num_draws, **options).sort().values
+        # The last point may round to 1, beyond every timestep: in float32 much sooner
         return torch.searchsorted(self._cdf, points, right=True).clamp_(max=self.num_train_timesteps - 1)
 
     def _table(self, values):
-        return torch.as_tensor(values).to(self.device, torch.float32)
+        return torch.as_tensor(values).float().to(self.device)  # in this order: the device may have no float64
 
 
 def antithetic_randn(batch_size: int, *shape: int, **options: Any) -> torch.Tensor:
-    """`torch.randn`, in which the second half of the batch is minus the first."""
+    """`torch.randn`, in which the second half of the batch is minus the first.
+
+    Warns once where one of several ranks draws for an odd batch, whose pairs it cannot keep: see `TimestepSampler`.
+    """
+    if batch_size % 2 and rank_and_world_size()[1] > 1:
+        _warn_of_odd_batch()
     half = torch.randn((batch_size + 1) // 2, *shape, **options)
     return torch.cat([half, -half])[:batch_size]
+
+
+@functools.cache  # once
+def _warn_of_odd_batch():
+    logger.warning(
+        "antithetic_randn: on several processes, each needs an even batch; of an odd one, the two examples that "
+        "sampler.sample pairs are on different processes, and their noise is not opposite"
+    )
 
 
 def fold_seed(seed: int, counter: int, stream: int = 0) -> int:

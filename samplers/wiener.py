@@ -51,7 +51,7 @@ class WienerFilter:
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
         self._axes, self._variances, self._opposites, self._signal, self._noise, self._scales = (
-            table.to(self._device, torch.float32)
+            table.float().to(self._device)  # in this order: the device may have no float64
             for table in (
                 spectrum.axes,
                 variances[..., half],
