@@ -33,6 +33,7 @@ from training.options import TrainingOptions
 from training.output import check_disk_space
 from training.plan import check_run
 from training.results import PipelineParts, Results
+from training.resuming import spent_budget
 from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
@@ -68,6 +69,8 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     # All that training changes
     images_per_step = options.images_per_process * accelerator.num_processes
     max_steps = options.total_steps(batches.num_images / images_per_step)
+    if nothing_to_train := spent_budget(options, output, start, max_steps):
+        return accelerator.print(nothing_to_train)
     state = build_state(options, accelerator, network, sampler, identify(options, dataset), clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
     state.load(start)
