@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 from comparison.options import ComparisonOptions
 from comparison.plots import plot_densities, plot_scores
-from comparison.results import RESULTS_FILE, joined_results, open_results
+from comparison.results import RESULTS_FILE, joined_results, open_results, parts_of_methods
 from comparison.summary import summarise, table
 from images import check_output_outside_data
 from pipelines import load_pipeline
@@ -96,7 +96,7 @@ def check_training_flags(options: ComparisonOptions, training_flags: list[str]) 
 def compare(options: ComparisonOptions, training_options: TrainingOptions, training_flags: list[str]) -> None:
     """Train and score what is left to do in a folder that this process holds, and report all."""
     folder = Path(options.output_dir)
-    results = open_results(folder, options, training_flags)
+    results = open_results(folder, options, training_flags, parts_of_methods(training_options))
     joined = [joined_results(other, results) for other in options.join]
     dataset, _ = open_training_data(training_options)
     print(dataset.describe())

@@ -34,6 +34,7 @@ from training.options import TrainingOptions
 from training.output import check_disk_space
 from training.plan import check_run
 from training.results import PipelineParts, Results
+from training.resuming import spent_budget
 from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
@@ -67,8 +68,9 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     batches = open_batches(options, dataset, accelerator, start.images)
 
     # All that training changes
-    images_per_step = options.images_per_process * accelerator.num_processes
-    max_steps = options.total_steps(batches.num_images / images_per_step)
+    max_steps = options.total_steps(batches.num_images / (options.images_per_process * accelerator.num_processes))
+    if nothing_to_train := spent_budget(options, output, start, max_steps):
+        return accelerator.print(nothing_to_train)
     identity = identify(options, dataset.pixels, vae)
     state = build_state(options, accelerator, network, sampler, identity, clock, max_steps)
     torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process

@@ -9,7 +9,8 @@ Summary = dict[str, Any]
 
 
 def summarise(results: dict[str, Any]) -> dict[str, Summary]:
-    """{method: {"times", "means", "spreads", "images_per_second", "speed_up", "runs", "failed"}}."""
+    """{method: {"times", "means", "spreads", "images_per_second", "speed_up", "speed_up_is_lower_bound", "runs",
+    "failed"}}."""
     methods = {}
     for run in results["runs"].values():
         summary = methods.setdefault(run["method"], {"runs": [], "failed": []})
@@ -24,6 +25,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Summary]:
     baseline = methods.get(BASELINE, {}).get("means")
     for summary in methods.values():
         summary["speed_up"] = speed_up(summary, baseline[-1]) if baseline else None
+        summary["speed_up_is_lower_bound"] = bool(baseline and summary["means"] and summary["means"][0] < baseline[-1])
     return methods
 
 
@@ -35,7 +37,7 @@ def spread(values: Sequence[float]) -> float | None:
 def speed_up(summary: Summary, target: float) -> float | None:
     """The whole time over the time at which the mean score first reached `target`, linear between two scores.
 
-    None if it never did; where the first score already did, a lower bound."""
+    None if it never did; where the first score is already better, a lower bound."""
     times, means = summary["times"], summary["means"]
     for i, (time, mean) in enumerate(zip(times, means, strict=True)):
         if mean <= target:
@@ -44,6 +46,13 @@ def speed_up(summary: Summary, target: float) -> float | None:
                 time = times[i - 1] + share * (time - times[i - 1])
             return times[-1] / time
     return None
+
+
+def speed_up_text(summary: Summary) -> str:
+    """The speed-up as a cell of the table: "1.29×", "≥2.00×" of a lower bound, "–" of none."""
+    if summary["speed_up"] is None:
+        return "–"
+    return "≥" * summary["speed_up_is_lower_bound"] + f"{summary['speed_up']:.2f}×"
 
 
 def table(results: dict[str, Any], methods: dict[str, Summary]) -> str:
@@ -58,8 +67,8 @@ def table(results: dict[str, Any], methods: dict[str, Summary]) -> str:
             for mean, deviation in zip(summary["means"], summary["spreads"], strict=True)
         ]
         cells += ["–"] * (len(times) - len(cells))
-        ratio, rate = summary["speed_up"], summary["images_per_second"]
-        cells += [f"{ratio:.2f}×" if ratio else "–", f"{rate:,.0f}" if rate else "–", str(len(summary["runs"]))]
+        rate = summary["images_per_second"]
+        cells += [speed_up_text(summary), f"{rate:,.0f}" if rate else "–", str(len(summary["runs"]))]
         cells[-1] += f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     failures = [
@@ -70,7 +79,8 @@ def table(results: dict[str, Any], methods: dict[str, Summary]) -> str:
             *lines,
             "",
             "Lower is better; mean ± standard deviation over seeds. Speed-up: the time that "
-            f"`{BASELINE}` had, over that at which the method's mean score reached its final one.",
+            f"`{BASELINE}` had, over that at which the method's mean score reached its final one; ≥ where its first "
+            "score is already better.",
             f"Device: {results['device']}. `{results['command']}`",
             *failures,
             "",

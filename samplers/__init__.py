@@ -167,9 +167,14 @@ def make_timestep_sampler(
         spectrum = of_first_rank(Spectrum.of(images))
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
     error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)
-    sampler_class = TIMESTEP_SAMPLERS[parts.timestep_sampler]
+    image_shape = list(spectrum.variances.shape) if spectrum else None
+    fixed = {
+        "error_filter": error_filter,
+        "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
+        "device": device,
+    }
     try:
-        return sampler_class(noise_scheduler, loss_weights, error_filter=error_filter, device=device, **options)
+        return TIMESTEP_SAMPLERS[parts.timestep_sampler](noise_scheduler, loss_weights, **fixed, **options)
     except TypeError as error:
         raise ValueError(f"options {options} of timestep_sampler {parts.timestep_sampler!r}: {error}") from error
 

@@ -1,16 +1,22 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .precision import widest_float
 from .schedule import NoiseSchedule
+
+logger = logging.getLogger(__name__)
 
 ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 Value = TypeVar("Value")
+FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
 
 
 def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,12 +45,17 @@ class TimestepSampler:
     With `antithetic_noise`, example i of a batch and example i + n / 2 are neighbours in t, for the training loop to
     give them noise of opposite sign (`antithetic_randn`). An example's gradient depends on its noise much as its
     neighbour's does, most of all on the noise's mean over the image, whatever the images are; in the sum of the two,
-    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even.
+    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even, and always
+    for the batch of all ranks together, in which rank r has the examples r, r + world_size, ...: of odd batches on
+    several ranks, the two of a pair are on different ones.
 
     Args:
         schedule: the noise schedule.
         loss_weights: [T] the loss weighting c_t; ones by default.
-        error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares.
+        error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares. One that
+            is made from data has `state_dict` and `load_state_dict`: it becomes a part of the sampler's state.
+        made_of: {"loss_weighting": name, "image_shape": [C, H, W], or None if no images were used}: what the objective
+            was made of, where that is known. The state of a sampler that was made of something else is refused.
         low_discrepancy: False for independent draws.
         antithetic_noise: pair the examples of a batch; by default as the class says.
         seed: of the draws; the same on all ranks.
@@ -62,6 +73,7 @@ class TimestepSampler:
         loss_weights: torch.Tensor | None = None,
         *,
         error_filter: ErrorFilter = mean_squares,
+        made_of: dict[str, Any] | None = None,
         low_discrepancy: bool = True,
         antithetic_noise: bool | None = None,
         seed: int = 0,
@@ -70,6 +82,7 @@ class TimestepSampler:
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter
+        self.made_of = made_of or {}
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -144,26 +157,54 @@ class TimestepSampler:
         """The optimiser has moved the model: measure it again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next draws depend on."""
-        state = {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
-        for name in ("seed", "num_draws", "probabilities", *self.state_names):
-            value = getattr(self, name)
-            state[name] = value.cpu().clone() if torch.is_tensor(value) else value
-        return state
+        """Everything that the next draws and the objective depend on, and what the sampler is made of, by name."""
+        state = self._kind() | self._parts()
+        for name in ("seed", "num_draws", "probabilities", "loss_weights", *self.state_names):
+            state[name] = getattr(self, name)
+        if hasattr(self.error_filter, "state_dict"):
+            state |= {FILTER_PREFIX + name: value for name, value in self.error_filter.state_dict().items()}
+        return {name: value.cpu().clone() if torch.is_tensor(value) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the sampler that was saved would have.
+        """Go on as the sampler that was saved would have, with its objective, whatever images this one was made from.
+
+        A state of an earlier version does not hold the objective: this sampler's own stays, which is logged as a
+        warning if it was made from images.
 
         Raises:
-            ValueError: the state is of another kind of sampler or another number of timesteps.
+            ValueError: the state is of another kind of sampler, another number of timesteps, or another loss weighting,
+                error filter or image shape; nothing is changed.
         """
-        for name, own in (("sampler", type(self).__name__), ("num_train_timesteps", self.num_train_timesteps)):
+        known = {name: own for name, own in self._parts().items() if name in state}
+        for name, own in (self._kind() | known).items():
             if state.get(name) != own:
                 raise ValueError(f"cannot load this timestep sampler state: its {name} is {state.get(name)}, not {own}")
+        if "loss_weights" in state:
+            self._restore_objective(state)
+        elif self.made_of.get("image_shape", True):  # or not known
+            logger.warning(
+                "this timestep sampler state is of an earlier version, without the objective: loss weighting and error "
+                "filter are made anew from the images, and may differ from those of the run so far"
+            )
         for name in ("seed", "num_draws", *self.state_names):
             value = state[name]
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         self._restore_density(state["probabilities"])
+        self._weights = self.weights
+
+    def _kind(self):
+        return {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
+
+    def _parts(self):
+        """What the objective is made of, by name; an error filter that is no function has its class's."""
+        filter_name = getattr(self.error_filter, "__name__", type(self.error_filter).__name__)
+        return {"error_filter": filter_name, **self.made_of}
+
+    def _restore_objective(self, state):
+        if hasattr(self.error_filter, "load_state_dict"):
+            names = (name for name in state if name.startswith(FILTER_PREFIX))
+            self.error_filter.load_state_dict({name.removeprefix(FILTER_PREFIX): state[name] for name in names})
+        self.loss_weights = state["loss_weights"].to(self.device, copy=True)
 
     def _restore_density(self, probabilities):
         self.probabilities = self._table(probabilities)  # already normalised: again would change the last bits
@@ -176,27 +217,41 @@ class TimestepSampler:
         self._draw_from(self.probabilities)
 
     def _draw_from(self, probabilities):
-        cdf = probabilities.double().cumsum(0)  # in float32 the last point could round to 1, beyond every timestep
+        cdf = probabilities.to(widest_float(self.device)).cumsum(0)
         self._cdf = cdf / cdf[-1]
         self._weights = self.weights
 
     def _draw(self, num_draws, generator):
         """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF, in rising order."""
+        options = {"generator": generator, "device": self.device, "dtype": self._cdf.dtype}
         if self.low_discrepancy:
-            offset = torch.rand(1, generator=generator, device=self.device, dtype=torch.float64)
-            points = (torch.arange(num_draws, device=self.device) + offset) / num_draws
+            points = (torch.arange(num_draws, device=self.device) + torch.rand(1, **options)) / num_draws
         else:
-            points = torch.rand(num_draws, generator=generator, device=self.device, dtype=torch.float64).sort().values
+            points = torch.rand(num_draws, **options).sort().values
+        # The last point may round to 1, beyond every timestep: in float32 much sooner
         return torch.searchsorted(self._cdf, points, right=True).clamp_(max=self.num_train_timesteps - 1)
 
     def _table(self, values):
-        return torch.as_tensor(values).to(self.device, torch.float32)
+        return torch.as_tensor(values).float().to(self.device)  # in this order: the device may have no float64
 
 
 def antithetic_randn(batch_size: int, *shape: int, **options: Any) -> torch.Tensor:
-    """`torch.randn`, in which the second half of the batch is minus the first."""
+    """`torch.randn`, in which the second half of the batch is minus the first.
+
+    Warns once where one of several ranks draws for an odd batch, whose pairs it cannot keep: see `TimestepSampler`.
+    """
+    if batch_size % 2 and rank_and_world_size()[1] > 1:
+        _warn_of_odd_batch()
     half = torch.randn((batch_size + 1) // 2, *shape, **options)
     return torch.cat([half, -half])[:batch_size]
+
+
+@functools.cache  # once
+def _warn_of_odd_batch():
+    logger.warning(
+        "antithetic_randn: on several processes, each needs an even batch; of an odd one, the two examples that "
+        "sampler.sample pairs are on different processes, and their noise is not opposite"
+    )
 
 
 def fold_seed(seed: int, counter: int, stream: int = 0) -> int:

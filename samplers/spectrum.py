@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from .precision import widest_float
 from .schedule import NoiseSchedule
 
 VALUES_AT_A_TIME = 2**18  # of components and timesteps together: 2 MiB in double precision
@@ -34,6 +35,8 @@ class Spectrum(NamedTuple):
         """
         if images.ndim != 4:
             raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
+        if widest_float(images.device) is not torch.float64:
+            images = images.cpu()
         N = len(images)
         mean = images.mean(0, dtype=torch.float64).cpu()
 

@@ -1,5 +1,7 @@
 """Which of the network's errors count: those that the rest of sampling lets through to the finished image."""
 
+from typing import Any
+
 import torch
 
 from .schedule import NoiseSchedule
@@ -37,16 +39,19 @@ class WienerFilter:
     ) -> None:
         if not 0 < plain_fraction <= 1:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
-        self.plain_fraction = plain_fraction
-        variances, abar = spectrum.variances, schedule.alphas_cumprod
-        self._image_shape = variances.shape
+        self._schedule, self._device = schedule, device
+        self._make_tables(spectrum, plain_fraction)
+
+    def _make_tables(self, spectrum, plain_fraction):
+        self.spectrum, self.plain_fraction = spectrum, plain_fraction
+        variances, abar = spectrum.variances, self._schedule.alphas_cumprod
         # 1 / <K^2>
-        normalizers = for_each_timestep(lambda gains: gains.sum(1) / gains.pow(3).sum(1), variances, schedule)
+        normalizers = for_each_timestep(lambda gains: gains.sum(1) / gains.pow(3).sum(1), variances, self._schedule)
         W = variances.shape[-1]
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
         self._axes, self._variances, self._opposites, self._signal, self._noise, self._scales = (
-            table.to(device, torch.float32)
+            table.float().to(self._device)  # in this order: the device may have no float64
             for table in (
                 spectrum.axes,
                 variances[..., half],
@@ -63,9 +68,10 @@ class WienerFilter:
         Raises:
             ValueError: the errors are not of the shape of the images that the spectrum is of.
         """
-        if errors.shape[1:] != self._image_shape:
+        image_shape = self.spectrum.variances.shape
+        if errors.shape[1:] != image_shape:
             raise ValueError(
-                f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(self._image_shape)}"
+                f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(image_shape)}"
             )
         with torch.autocast(errors.device.type, enabled=False):
             powers = component_powers(errors.float(), self._axes, torch.fft.rfft2)
@@ -74,3 +80,18 @@ class WienerFilter:
         )
         counts = scale * relative_gains(self._variances, signal, noise).square() + self.plain_fraction
         return (counts * self._opposites * powers).flatten(1).sum(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the filter is made from, beside the noise schedule: axes [C, C], variances [C, H, W], plain_fraction."""
+        return {**self.spectrum._asdict(), "plain_fraction": self.plain_fraction}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be the filter that was saved, of whatever images that was made.
+
+        Raises:
+            ValueError: they had another shape.
+        """
+        saved, own = (list(variances.shape) for variances in (state["variances"], self.spectrum.variances))
+        if saved != own:
+            raise ValueError(f"cannot load this error filter state: it is of images of {saved}, this filter of {own}")
+        self._make_tables(Spectrum(state["axes"].clone(), state["variances"].clone()), state["plain_fraction"])

@@ -1,12 +1,17 @@
 """Methods against each other in equal time."""
 
 import json
+import shlex
+import sys
 
 import pytest
 from conftest import SHARED, TINY_UNET, fork_all_but_the_first
 from PIL import Image
 
 import compare
+from comparison.options import ComparisonOptions
+from comparison.results import open_results, parts_of_methods
+from training.options import MethodOptions
 
 
 def results_of(scores):
@@ -44,6 +49,7 @@ def test_speed_up_is_over_the_time_at_which_the_baselines_last_score_is_reached(
     assert methods["adaptive"]["speed_up"] == pytest.approx(4 / (1 + 2 / 3))  # 4.0 lies two thirds of the way to 3.0
     assert methods["p2"]["speed_up"] is None
     assert methods["edm"]["speed_up"] == 4.0  # from the first score on
+    assert [name for name in methods if methods[name]["speed_up_is_lower_bound"]] == ["edm"]
     assert methods["adaptive"]["spreads"][2] == pytest.approx(2**0.5)
     assert methods["edm"]["spreads"] == [None] * 3
     assert methods["edm"]["images_per_second"] == 100
@@ -54,9 +60,46 @@ def test_the_table_ranks_methods_and_names_failures():
     assert lines[0] == "| method | FD at 1 s | FD at 2 s | FD at 4 s | speed-up | images/s | seeds |"
     assert [line.split("`")[1] for line in lines[2:7]] == ["adaptive", "edm", "ddpm", "p2", "speed"]
     assert lines[2] == "| `adaptive` | 6.000 ± 0.000 | 3.000 ± 1.414 | 2.000 ± 1.414 | 2.40× | 100 | 2 |"
+    assert lines[3] == "| `edm` | 3.000 | 2.000 | 2.000 | ≥4.00× | 100 | 1 |"
     assert lines[6].startswith("| `speed` | – | – | – |")
     assert "(1 failed)" in lines[6]
     assert any("no luck" in line for line in lines[7:])
+
+
+@pytest.mark.parametrize(
+    ("method", "score", "cell"),
+    [("ddpm", 3.0, "1.00×"), ("adaptive", 2.0, "≥1.00×"), ("p2", 3.0, "1.00×"), ("edm", 4.0, "–")],
+)
+def test_of_a_single_score_a_speed_up_is_a_lower_bound_where_the_method_is_better(method, score, cell):
+    runs = {
+        name: {"method": name, "seed": 0, "scores": [{"budget": 4.0, "seconds": 4.0, "images": 9, "score": value}]}
+        for name, value in {"ddpm": 3.0, method: score}.items()
+    }
+    results = {**RESULTS, "runs": runs}
+    text = compare.table(results, compare.summarise(results))
+    assert f"| `{method}` | {score:.3f} | {cell} |" in text
+
+
+def test_the_command_in_the_table_can_be_pasted(tmp_path, monkeypatch):
+    words = ["--sampler_options", '{"clts": {"num_updates": 7}}', "--output_dir", "my runs/a"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    options = ComparisonOptions(output_dir=str(tmp_path), max_train_seconds=1.0)
+    command = open_results(tmp_path, options, [], {})["command"]
+    assert shlex.split(command) == ["python", "compare.py", *words]
+    assert f"`{command}`" in compare.table({**RESULTS, "command": command}, compare.summarise(RESULTS))
+
+
+def test_a_comparison_is_not_gone_on_with_after_a_method_has_become_another(tmp_path):
+    options = ComparisonOptions(output_dir=str(tmp_path), max_train_seconds=1.0)
+    parts = parts_of_methods(MethodOptions())
+    results = open_results(tmp_path, options, [], parts) | {"runs": RESULTS["runs"]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert open_results(tmp_path, options, [], parts) == results
+    parts["adaptive"] = parts["adaptive"] | {"error_filter": "none"}
+    with pytest.raises(
+        ValueError, match=f"--output_dir {tmp_path}: its adaptive has the error_filter wiener, not none"
+    ):
+        open_results(tmp_path, options, [], parts)
 
 
 @pytest.mark.parametrize(

@@ -197,20 +197,56 @@ def test_another_runs_checkpoint_is_kept_from_the_first_moment(train, never_stop
     assert_identical(final_state(resumed.folder), final_state(never_stopped.folder))
 
 
-def test_a_finished_run_resumed_keeps_its_summary(train, never_stopped, tmp_path):
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--max_train_steps 24 is spent, as the run in {} has had 24 steps"),
+        (("--max_train_steps", 20), "--max_train_steps 20 is spent, as the run in {} has had 24 steps"),
+        (("--num_epochs", 1, "--train_batch_size", 128), "--num_epochs 1, 15 steps, is spent"),
+        (("--max_train_steps", 99, "--max_train_seconds", 0.001), "--max_train_seconds 0.001 is spent"),
+    ],
+)
+def test_a_finished_run_resumed_has_nothing_to_train_and_stays_as_it_is(train, never_stopped, tmp_path, flags, message):
     shutil.copytree(never_stopped.folder, tmp_path / "run")
-    before = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-    again = train("run", "--resume_from_checkpoint", "latest").wait()
-    after = json.loads((again.folder / "training_summary.json").read_text())
-    assert {**after, "seconds": None} == {**before, "seconds": None}
-    assert "which was" not in again.output
+    before = contents(tmp_path / "run")
+    again = train("run", "--logging_steps", 7, *flags, "--resume_from_checkpoint", "latest").wait(0)
+    assert f"nothing to train: {message.format(again.folder)}" in again.output.splitlines()[-1]
+    assert contents(again.folder) == before
 
 
-def test_another_sampler_cannot_take_over(train):
+def test_a_life_that_is_killed_at_its_end_is_finished_though_an_earlier_one_had_come_there(
+    train, never_stopped, tmp_path
+):
+    """Its last checkpoint is of the step that the earlier life's summary told of; but its pipeline was not saved."""
+    shutil.copytree(never_stopped.folder, tmp_path / "run")
+    flags = ("--learning_rate", 1e-4)
+    deadly = functools.partial(kill_at, module="training.results", function="save_pipeline", call=1, after=False)
+    train("run", "--resume_from_checkpoint", "checkpoint-18", *flags, tamper=deadly).wait(-signal.SIGKILL)
+    resumed = train("run", "--resume_from_checkpoint", "latest", *flags).wait()
+    assert "nothing to train" not in resumed.output
+    new, old = (final_state(run.folder)["unet"]["conv_in.weight"] for run in (resumed, never_stopped))
+    assert not torch.equal(new, old)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--method", "ddpm", "--timestep_sampler_options", "{}"),
+            "its sampler is AdaptiveSampler, not UniformSampler",
+        ),
+        (("--loss_weighting", "spectral"), "its loss_weighting is bell, not spectral"),
+        (("--error_filter", "none"), "its error_filter is WienerFilter, not mean_squares"),
+    ],
+)
+def test_another_sampler_or_objective_cannot_take_over(train, flags, message):
     train("run", "--max_train_steps", 6).wait()
-    flags = ("--method", "ddpm", "--timestep_sampler_options", "{}")
     run = train("run", "--resume_from_checkpoint", "latest", *flags).wait(1)
-    assert "its sampler is AdaptiveSampler, not UniformSampler" in run.output.splitlines()[-1]
+    assert message in run.output.splitlines()[-1]
     options = yaml.safe_load((run.folder / "training_options.yaml").read_text())
     assert options["method"] == "adaptive"  # what cannot be gone on with leaves no trace
 

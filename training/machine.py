@@ -1,7 +1,9 @@
 """What a run's numbers depend on beside its options."""
 
 import platform
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -15,4 +17,13 @@ def device_name(device: torch.device) -> str:
     """The processor as a person would name it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model; its architecture alone where the kernel does not name one (outside Linux, on most ARM)."""
+    try:
+        model = re.search(r"^model name[ \t]*: *(\S.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1] if model else f"{platform.processor() or platform.machine()} CPU"

@@ -16,7 +16,7 @@ from .memory import warn_of_memory
 from .methods import build_sampler
 from .network import build_network, network_class
 from .noise_schedule import build_noise_scheduler
-from .options import ModelOptions, TrainingOptions
+from .options import ClassOptions, ModelOptions, TrainingOptions
 from .output import OutputDir
 from .resuming import Start, check_same_network, check_same_vae, find_start
 from .saved_config import load_network_config
@@ -40,6 +40,7 @@ def check_run(options: TrainingOptions, accelerator: Accelerator) -> tuple[Outpu
     if accelerator.is_main_process:
         hub.check()
         warn_of_other_network(options)
+        warn_of_class_dropout(options)
     plan_run(options)
     check_same_network(options, start)
     check_same_vae(options, start)
@@ -65,6 +66,12 @@ def warn_of_other_network(options: ModelOptions) -> None:
     other = "unet" if options.is_dit else "dit"
     if settings := getattr(options, other):
         logger.warning(f"--{other} {json.dumps(settings)}: has no effect, since --model is {options.model}")
+
+
+def warn_of_class_dropout(options: ClassOptions) -> None:
+    """Say that a share of withheld labels has no effect where there are none; the default is no wish of the user's."""
+    if not options.class_conditional and options.class_dropout != ClassOptions.class_dropout:
+        logger.warning(f"--class_dropout {options.class_dropout:g}: has no effect without --class_conditional")
 
 
 def plan_run(options: TrainingOptions) -> None:

@@ -15,7 +15,8 @@ from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
 from .network import network_config, network_on_meta
 from .options import ClassOptions, ModelOptions, TrainingOptions
-from .output import NOT_SAVED, OPTIONS_FILE, OutputDir, check_output_dir
+from .output import NOT_SAVED, OPTIONS_FILE, SUMMARY_FILE, OutputDir, check_output_dir
+from .saving import read_json
 from .vae import identify_vae, load_vae
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,39 @@ def check_resumed_folder(output: OutputDir, checkpoint: Path | None) -> None:
 def is_elsewhere(checkpoint: Path, output: OutputDir) -> bool:
     """Whether a checkpoint is not in the run's own folder."""
     return checkpoint.parent.resolve() != output.folder.resolve()
+
+
+def spent_budget(options: TrainingOptions, output: OutputDir, start: Start, max_steps: int | None) -> str | None:
+    """That the run in the folder is finished, and which budget, now given, it has spent already; else None.
+
+    A run that was killed before its end has no summary. One that is to be uploaded is gone on with: it may not be yet;
+    and a dry run tells of this in its own way.
+
+    Args:
+        max_steps: that the budget in steps or epochs allows.
+    """
+    if not start.checkpoint or options.push_to_hub or options.dry_run:
+        return None
+    try:
+        summary = read_json(output.folder / SUMMARY_FILE)
+    except ValueError:  # there is none, or it is damaged
+        return None
+    if summary.get("steps") != start.step or summary.get("stopped_by") == "signal":
+        return None
+    seconds = summary["seconds"].get("train", 0.0)
+    if max_steps is not None and start.step >= max_steps:
+        by_steps = options.max_train_steps == max_steps
+        budget = (
+            f"--max_train_steps {max_steps}" if by_steps else f"--num_epochs {options.num_epochs}, {max_steps} steps,"
+        )
+        spent = f"{start.step} steps"
+    elif options.max_train_seconds is not None and seconds >= options.max_train_seconds:
+        budget, spent = f"--max_train_seconds {options.max_train_seconds:g}", f"{seconds:.1f} s of training"
+    else:
+        return None
+    return (
+        f"nothing to train: {budget} is spent, as the run in {output} has had {spent}; its files are left as they are"
+    )
 
 
 def check_same_network(options: TrainingOptions, start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -53,8 +54,10 @@ class StepRandom:
         return flips if self.random_flip else None
 
     def noise(self, shape: torch.Size, antithetic: bool) -> torch.Tensor:
-        """Gaussian noise of `shape` [B, ...]; `antithetic`: the second half of the batch is minus the first."""
-        return self._share(antithetic_randn if antithetic else torch.randn, *shape)
+        """Gaussian noise of `shape` [B, ...]; `antithetic`: of all processes' batches together, n = B * world_size, the
+        second half is minus the first. So the sampler pairs them, also where B is odd and a pair is on two processes.
+        """
+        return self._share(antithetic_of_any_number if antithetic else torch.randn, *shape)
 
     def drop_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B] the labels of a batch, some of them withheld."""
@@ -66,3 +69,8 @@ class StepRandom:
     def _share(self, draw, batch_size: int, *shape: int) -> torch.Tensor:
         numbers = draw(batch_size * self.world_size, *shape, generator=self.generator, device=self.generator.device)
         return numbers[self.rank :: self.world_size]
+
+
+def antithetic_of_any_number(count: int, *shape: int, **options: Any) -> torch.Tensor:
+    """[count, *shape] noise for all processes. An odd number is no fault here: every process draws the same."""
+    return antithetic_randn(count + count % 2, *shape, **options)[:count]

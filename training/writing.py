@@ -9,7 +9,7 @@ from .checkpoints import discard_checkpoints_after
 from .hub import HubUpload
 from .log import TrainingLog
 from .options import TrainingOptions
-from .output import NOT_SAVED, OPTIONS_FILE, OutputDir
+from .output import NOT_SAVED, OPTIONS_FILE, SUMMARY_FILE, OutputDir
 from .plots import plot_timestep_density, plot_validation_loss
 from .report import print_summary, write_model_card, write_summary
 from .results import Results
@@ -34,6 +34,7 @@ def begin_writing(
             output.delete_results()
         for path in discard_checkpoints_after(output, state.step):
             logger.warning(f"{path} is discarded: the run goes on from {start.checkpoint or 'the beginning'}")
+        output.delete([SUMMARY_FILE])  # it says that a run has come to its end
         replace_file(output.path(OPTIONS_FILE), lambda path: save_options(options, path, NOT_SAVED))
     if start.checkpoint and is_elsewhere(start.checkpoint, output):
         state.save(output, options.checkpoints_total_limit)

@@ -7,7 +7,15 @@ import pytest
 from comparison.options import ComparisonOptions
 from comparison.results import joined_results
 
-RESULTS = {"settings": {}, "device": "abacus", "runs": {}, "command": "", "versions": {"torch": "2.9", "numpy": "2.3"}}
+PARTS = {"adaptive": {"timestep_sampler": "adaptive", "loss_weighting": "spectral"}}
+RESULTS = {
+    "settings": {},
+    "device": "abacus",
+    "runs": {"adaptive-seed0": {"method": "adaptive"}},
+    "command": "",
+    "versions": {"torch": "2.9", "numpy": "2.3"},
+    "parts": PARTS,
+}
 
 
 @pytest.fixture
@@ -28,6 +36,27 @@ def test_runs_made_by_other_versions_are_announced(write_results, capsys):
     assert f"--join {folder}: its runs were made by other versions" in message
     assert "torch 2.8 (here 2.9), accelerate 1.0 (here None)" in message
     assert "numpy" not in message
+    joined_results(write_results(versions={"torch": "2.9"}), RESULTS)
+    assert "other versions: numpy None (here 2.3)" in capsys.readouterr().err
+
+
+def test_runs_of_a_method_that_is_made_of_other_parts_are_refused(write_results):
+    folder = write_results(parts={"adaptive": {"timestep_sampler": "adaptive", "loss_weighting": "bell"}})
+    with pytest.raises(ValueError, match=f"--join {folder}: its adaptive has the loss_weighting bell, not spectral"):
+        joined_results(folder, RESULTS)
+    folder = write_results(runs={"magic-seed0": {"method": "magic"}}, parts={"magic": {"timestep_sampler": "hat"}})
+    with pytest.raises(ValueError, match="its magic has the timestep_sampler hat, not None"):
+        joined_results(folder, RESULTS)
+    joined_results(write_results(parts={**PARTS, "edm": {"loss_weighting": "none"}}), RESULTS)  # of which it has no run
+
+
+def test_runs_of_methods_of_unknown_parts_are_announced(write_results, tmp_path, capsys):
+    folder = write_results()
+    results = json.loads((tmp_path / "results.json").read_text())
+    del results["parts"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    joined_results(folder, RESULTS)
+    assert f"--join {folder}: it is not known whether the methods are made of the same parts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"device": "slide rule"}, {"settings": {"max_train_seconds": 1}}])

@@ -4,18 +4,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sampler_helpers import (
+    T,
     adapt,
     assert_same_state,
     draws,
     every_sampler,
     falling_loss,
+    images_of,
     make_adapted,
     random_images,
     scheduler,
     state_bits,
+    tables,
 )
 
-from samplers import TIMESTEP_SAMPLERS, make_timestep_sampler
+from samplers import METHODS, TIMESTEP_SAMPLERS, Spectrum, WienerFilter, make_timestep_sampler
 
 
 @every_sampler
@@ -83,3 +86,80 @@ def test_accelerate_checkpoints_it(name, tmp_path):
     accelerator.load_state(tmp_path)
     assert_same_state(state_bits(sampler), expected)
     assert torch.equal(draws(sampler, 8, 3), next_draws)
+
+
+# The objective
+
+
+def sampler_of(images, name="adaptive", **parts):
+    return make_timestep_sampler(scheduler(), timestep_sampler=name, images=images, **parts)
+
+
+def smooth_images_of(batch_size, **shape):
+    """Of another spectrum than `random_images`, which have none to speak of."""
+    return images_of(batch_size, **shape).cumsum(-1).cumsum(-2) / 10
+
+
+@every_sampler
+def test_reloaded_it_has_the_same_objective_though_it_was_made_from_other_images(name, tmp_path):
+    saved, loaded = sampler_of(random_images(), name), sampler_of(smooth_images_of(64), name)
+    errors, t = torch.randn(T, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(T)
+    assert not torch.allclose(saved.loss_weights, loaded.loss_weights, rtol=0.1)
+    assert not torch.allclose(saved.losses(errors, t), loaded.losses(errors, t), rtol=0.1)
+    torch.save(saved.state_dict(), tmp_path / "sampler.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "sampler.pt", weights_only=True))
+    assert torch.equal(saved.loss_weights, loaded.loss_weights)
+    assert torch.equal(saved.losses(errors, t), loaded.losses(errors, t))
+    for a, b in zip(saved.sample(64), loaded.sample(64), strict=True):
+        assert torch.equal(a, b)
+    assert_same_state(state_bits(saved), state_bits(loaded))
+
+
+def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
+    spectra = (Spectrum.of(images) for images in (random_images(), smooth_images_of(64)))
+    filters = [WienerFilter(tables(), spectrum, f) for spectrum, f in zip(spectra, (0.5, 0.1), strict=True)]
+    saved, loaded = (TIMESTEP_SAMPLERS["uniform"](tables(), error_filter=filter) for filter in filters)
+    loaded.load_state_dict(saved.state_dict())
+    errors, t = torch.randn(T, 1, 8, 8), torch.arange(T)
+    assert torch.equal(saved.losses(errors, t), loaded.losses(errors, t))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"loss_weighting": "bell"}, "its loss_weighting is spectral, not bell"),
+        ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares"),
+        ({"images": images_of(16, channels=3)}, r"its image_shape is \[1, 8, 8\], not \[3, 8, 8\]"),
+        ({"images": images_of(16, size=16)}, r"its image_shape is \[1, 8, 8\], not \[1, 16, 16\]"),
+    ],
+)
+def test_a_state_of_another_objective_is_refused_by_name(other, message):
+    state = sampler_of(random_images()).state_dict()
+    sampler = sampler_of(**{"images": random_images(), **other})
+    before = state_bits(sampler)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(state)
+    assert_same_state(state_bits(sampler), before)
+
+
+def test_a_filter_s_state_of_another_image_shape_is_refused():
+    filters = [WienerFilter(tables(), Spectrum.of(images_of(16, size=size))) for size in (8, 16)]
+    with pytest.raises(ValueError, match=r"of images of \[1, 8, 8\], this filter of \[1, 16, 16\]"):
+        filters[1].load_state_dict(filters[0].state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_made_the_objective(method, caplog):
+    def made():
+        return make_timestep_sampler(scheduler(), method, images=random_images())
+
+    saved = made()
+    saved.sample(8)
+    new = {"loss_weights", "loss_weighting", "image_shape", "error_filter"}
+    state = {k: v for k, v in saved.state_dict().items() if k not in new and not k.startswith("error_filter.")}
+    assert state.keys() == {"sampler", "num_train_timesteps", "seed", "num_draws", "probabilities", *saved.state_names}
+    loaded = made()
+    loaded.load_state_dict(state)
+    assert ("may differ" in caplog.text) == METHODS[method].needs_images
+    assert torch.equal(saved.loss_weights, loaded.loss_weights)
+    assert torch.equal(saved.sample(8).timesteps, loaded.sample(8).timesteps)

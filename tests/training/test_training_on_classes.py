@@ -15,6 +15,7 @@ from PIL import Image
 from training.denoiser import Denoiser
 from training.network import build_network
 from training.options import ClassOptions, ModelOptions
+from training.plan import warn_of_class_dropout
 from training.resuming import Start, check_same_classes
 from training.step_random import StepRandom
 
@@ -124,6 +125,26 @@ def test_a_network_of_another_kind_is_not_resumed(train):
     assert "knows no classes" in found
     found = train("with", "--resume_from_checkpoint", "latest").wait(1).output.splitlines()[-1]
     assert "num_class_embeds was 11, now None" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "is_warned_of"),
+    [
+        ({"class_dropout": 0.2}, True),
+        ({"class_dropout": 0.0}, True),
+        ({"class_dropout": 0.1}, False),
+        ({}, False),
+        ({"class_dropout": 0.2, "class_conditional": True}, False),
+    ],
+)
+def test_a_share_of_withheld_labels_without_labels_is_warned_of(options, is_warned_of, caplog):
+    warn_of_class_dropout(ClassOptions(**options))
+    assert ("--class_dropout" in caplog.text and "--class_conditional" in caplog.text) == is_warned_of
+
+
+def test_a_run_says_that_labels_cannot_be_withheld(train):
+    run = train("run", "--class_dropout", 0.2, "--max_train_steps", 1).wait()
+    assert "--class_dropout 0.2: has no effect without --class_conditional" in run.output
 
 
 def test_data_without_labels_is_refused(train, tmp_path):

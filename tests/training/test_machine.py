@@ -1,0 +1,33 @@
+"""What a record says of the machine that it was made on."""
+
+import platform
+
+import pytest
+import torch
+
+from training.machine import device_name, processor_name
+
+CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+model\t\t: 143
+model name\t: Intel(R) Xeon(R) Platinum 8480C
+flags\t\t: fpu
+
+processor\t: 1
+model name\t: Another
+"""
+
+
+@pytest.mark.parametrize("content", [None, "", "processor\t: 0\nmodel name\t:\nCPU part\t: 0xd0c\n"])
+def test_a_processor_that_the_kernel_does_not_name_is_named_by_its_architecture(tmp_path, content):
+    if content is not None:
+        (tmp_path / "cpuinfo").write_text(content)
+    name = processor_name(tmp_path / "cpuinfo")
+    assert name == f"{platform.processor() or platform.machine()} CPU"
+
+
+def test_a_processor_is_named_by_its_model(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(CPUINFO)
+    assert processor_name(tmp_path / "cpuinfo") == "Intel(R) Xeon(R) Platinum 8480C"
+    monkeypatch.setattr("training.machine.processor_name", lambda: "Z80")
+    assert device_name(torch.device("cpu")) == f"Z80, {torch.get_num_threads()} threads"

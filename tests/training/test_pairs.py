@@ -1,0 +1,57 @@
+"""Examples in pairs, neighbours in t with opposite noise, on any number of processes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from samplers import antithetic_randn, base, make_timestep_sampler
+from training.step_random import StepRandom
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """What a function returns on a rank of so many."""
+
+    def call(function, rank, world_size):
+        monkeypatch.setattr(base, "rank_and_world_size", lambda: (rank, world_size))
+        return function(SimpleNamespace(process_index=rank, num_processes=world_size, device=torch.device("cpu")))
+
+    base._warn_of_odd_batch.cache_clear()
+    yield call
+    base._warn_of_odd_batch.cache_clear()
+
+
+def batch_of(size):
+    def draw(accelerator):
+        sampler = make_timestep_sampler(DDPMScheduler(), "adaptive", loss_weighting="none", error_filter="none")
+        random = StepRandom(0, accelerator)
+        random.begin(3)
+        return sampler.sample(size).timesteps, random.noise(torch.Size([size, *SHAPE]), antithetic=True)
+
+    return draw
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8])
+def test_no_pair_is_lost_in_training(on_rank, batch_size, world_size, caplog):
+    ranks = [on_rank(batch_of(batch_size), rank, world_size) for rank in range(world_size)]
+    timesteps, noise = (torch.stack(each, 1).flatten(0, 1) for each in zip(*ranks, strict=True))
+    pairs = len(timesteps) // 2
+    assert torch.equal(noise[:pairs], -noise[len(noise) - pairs :])
+    distances = (timesteps[:pairs] - timesteps[len(timesteps) - pairs :]).abs()
+    assert pairs == 0 or distances.max() <= 1000 / len(timesteps) + 1  # next to each other among equally spaced draws
+    assert caplog.text == ""
+
+
+def test_an_odd_batch_whose_pairs_are_lost_is_warned_of_once(on_rank, caplog):
+    for rank, world_size, batch_size in ((0, 1, 7), (0, 2, 8), (1, 2, 8)):
+        on_rank(lambda _, size=batch_size: antithetic_randn(size, *SHAPE), rank, world_size)
+    assert caplog.text == ""
+    for _ in range(3):
+        on_rank(lambda _: antithetic_randn(7, *SHAPE), 0, 2)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["antithetic_randn"]
+    assert "needs an even batch" in caplog.text
