@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 INDEX = "index.json"
 DTYPE = np.dtype("<f2")
@@ -109,7 +110,8 @@ class LatentFiles:
         _write_whole(self._moments(block), lambda file: np.save(file, moments, allow_pickle=False))
 
     def read(self, block: int) -> np.ndarray:
-        """The moments of a block, [images, V, 2, C, h, w], memory-mapped. Raises ValueError if the file has others."""
+        """The moments of a block, [images, V, 2, C, h, w], memory-mapped, read-only. Raises ValueError if the file has
+        others."""
         path, shape = self._moments(block), (len(self.images_of(block)), *self.shape[1:])
         try:
             moments = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -117,9 +119,13 @@ class LatentFiles:
             raise self._damaged(block, str(error)) from error
         if moments.shape != shape or moments.dtype != DTYPE or not moments.flags.c_contiguous:
             raise self._damaged(block, f"it holds {moments.dtype} {list(moments.shape)}, not float16 {list(shape)}")
-        if path.stat().st_size != moments.offset + moments.nbytes:
+        size = moments.offset + moments.nbytes
+        if path.stat().st_size != size:
             raise self._damaged(block, "it goes on behind its end")
-        return moments
+        # Mapped again, as NumPy keeps the file open: a large data set has more blocks than a process may open files
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        mapped.flags.writeable = False
+        return mapped[moments.offset :].view(DTYPE).reshape(shape)
 
     def bad_images(self, block: int) -> dict[int, str]:
         """{image: why} of those in a block that cannot be decoded; their moments mean nothing. Raises ValueError."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -169,6 +170,17 @@ def test_batches_are_in_the_order_of_the_images(dataset, vae, filled, placement)
 def test_workers_stream_them(dataset, vae, filled):
     latents = open_in(filled, dataset, vae)
     assert torch.equal(batches(latents, 2, placement="stream", num_workers=1), batches(latents, 2))
+
+
+def test_no_file_stays_open_and_none_is_written_to(dataset, vae, filled):
+    """ImageNet has more blocks than a process may open files."""
+    before, count = contents(filled), len(os.listdir("/proc/self/fd"))
+    latents = open_in(filled, dataset, vae)
+    assert len(os.listdir("/proc/self/fd")) == count
+    latents[3].zero_()
+    latents.decode_all(show_progress=False).zero_()
+    assert not any(block.flags.writeable for block in latents._blocks)
+    assert contents(filled) == before
 
 
 def test_a_worker_is_not_sent_what_is_in_the_files(vae, filled, dataset):
