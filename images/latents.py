@@ -43,8 +43,8 @@ def open_latents(
     wait: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> "LatentDataset":
-    """Encode into `folder` what is not there yet, check the rest by its checksums, and open all. A run that was killed
-    goes on with the block of images that it was at.
+    """Encode into `folder` what is not there yet, check the rest, by their checksums where files were written to since
+    they were last checked, and open all. A run that was killed goes on with the block of images that it was at.
 
     All W = world_size processes must call it; each takes a W-th of the work. The files' bits do not depend on W.
 

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from image_helpers import batches, contents_with_bad_ones, open_source, rows_of, write_folder
 
 import images.encoding
+import images.latent_files
 from images import BadImage, image_order, open_images, open_latents, sample_posterior, training_batches
 
 BATCH_SIZE = 4
@@ -384,6 +385,24 @@ def test_damage_is_found_and_mended(dataset, vae, filled, copied, kind, encoding
     open_in(copied, dataset, vae)
     assert encodings == [BATCH_SIZE]
     assert contents(copied) == contents(filled)
+
+
+def test_what_nobody_wrote_to_is_not_read_again(dataset, vae, copied, monkeypatch):
+    """All of ImageNet's latents would be 42 GB at each start."""
+    checked, checksum = [], images.latent_files._checksum
+    monkeypatch.setattr(images.latent_files, "_checksum", lambda *args: checked.append(args) or checksum(*args))
+    open_in(copied, dataset, vae)
+    assert checked == []
+    for path, kind in [("moments-00003", "npy"), ("moments-00007", "json")]:
+        (copied / f"{path}.{kind}").touch()
+    open_in(copied, dataset, vae)
+    assert len(checked) == 2
+    open_in(copied, dataset, vae)  # which are noted to be intact then
+    assert len(checked) == 2
+    (copied / "moments-00004.npy").unlink()
+    open_in(copied, dataset, vae)
+    open_in(copied, dataset, vae)
+    assert len(checked) == 3  # to be noted when it was written
 
 
 def test_each_process_checks_its_share(dataset, vae, copied):
