@@ -50,7 +50,7 @@ def open_latents(
 
     Args:
         dataset: the images, or a part of them.
-        vae: stays as it is, where it is; a copy encodes, in float32.
+        vae: stays as it is, where it is; a copy encodes, in float32 (a GPU's convolutions in TF32).
         folder: holds the latents of these images, or nothing.
         identity: what tells the VAE from others, as JSON can hold it.
         mirrored: of mirror images, too.

@@ -143,6 +143,20 @@ def test_the_global_random_state_and_precision_are_left_alone(dataset, vae, tmp_
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_gpu_may_round_in_convolutions_alone(dataset, vae, tmp_path, monkeypatch):
+    seen, encode = [], images.encoding.encode
+
+    def spy(*args):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return encode(*args)
+
+    monkeypatch.setattr(images.encoding, "encode", spy)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        open_in(tmp_path, dataset, vae)
+        assert not torch.backends.cudnn.allow_tf32
+    assert set(seen) == {(True, "highest")}
+
+
 @pytest.mark.parametrize(
     ("row", "value", "match"),
     [(0, 2e5, "image 0: .* a mean of 100000, .* 65504"), (3, 28.0, "a standard deviation of .*"), (1, np.nan, "nan")],
