@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ import torch
 INDEX = "index.json"
 DTYPE = np.dtype("<f2")
 MAX_BLOCK_BYTES = 64 * 2**20  # what a killed run encodes again, at most, for each process
+SECONDS_OUT_OF_SIGHT = 60  # NFS remembers for 30 to 60 that a file was not there
 MIN_BLOCKS = 64  # so that many processes have about equal shares
 
 
@@ -81,6 +83,22 @@ class LatentFiles:
             text = json.dumps(self.settings, indent=1) + "\n"
             _write_whole(self.folder / INDEX, lambda file: file.write(text.encode()))
 
+    def check_is_shared(self) -> None:
+        """Raises ValueError if this process does not see the index that the first has written."""
+        self._wait_to_see(self.folder / INDEX)
+
+    def _wait_to_see(self, path: Path) -> None:
+        """Raises ValueError if what another process has written does not come into sight: network file systems may show
+        it late, and a folder of another machine's own disk never."""
+        end = time.monotonic() + SECONDS_OUT_OF_SIGHT
+        while not path.exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"--latents_dir {self.folder}: must be on a file system that all machines share: {path.name} of "
+                    "the main process is not there"
+                )
+            time.sleep(0.1)
+
     def _check_index(self) -> None:
         """Raises ValueError unless the folder is empty, or its index has these settings."""
         path = self.folder / INDEX
@@ -115,6 +133,7 @@ class LatentFiles:
         """The moments of a block, [images, V, 2, C, h, w], memory-mapped, read-only. Raises ValueError if the file has
         others."""
         path, shape = self._moments(block), (len(self.images_of(block)), *self.shape[1:])
+        self._wait_to_see(path)
         try:
             moments = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:  # cut short, or no .npy at all

@@ -59,8 +59,9 @@ def open_latents(
         wait: returns when every process has called it.
 
     Raises:
-        ValueError: the folder is of other images or another VAE, has too little space, or a damaged file; images cannot
-            be decoded (with "skip": all of them); the VAE cannot encode them, or not within float16.
+        ValueError: the folder is of other images or another VAE, has too little space, or a damaged file, or is not the
+            same for all processes; images cannot be decoded (with "skip": all of them); the VAE cannot encode them, or
+            not within float16.
         OSError: a file cannot be written.
     """
     shape = (len(dataset), 2 if mirrored else 1, 2, *latent_shape(vae.config, dataset.channels, dataset.resolution))
@@ -70,6 +71,7 @@ def open_latents(
     if rank == 0:
         files.write_index()
     wait()
+    files.check_is_shared()
     present = sorted(set(range(files.num_blocks)) - set(missing))
     _check_blocks(files, present[rank::world_size], dataset, show_progress)
     if own := missing[rank::world_size]:

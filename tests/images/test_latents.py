@@ -330,6 +330,43 @@ def test_any_number_of_processes_write_the_same_bytes(
     assert contents(copied) == contents(filled)
 
 
+@pytest.mark.parametrize(
+    ("there_before", "refused_rank", "match"), [(False, 1, "index.json"), (True, 0, "moments-00001.npy")]
+)
+def test_folders_that_machines_do_not_share_are_refused(
+    dataset, vae, filled, there_before, refused_rank, match, tmp_path, monkeypatch
+):
+    """Each of two processes has a folder of its own; a run on one machine alone may have filled that before."""
+    monkeypatch.setattr(images.latent_files, "SECONDS_OUT_OF_SIGHT", 0.2)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    if there_before:
+        shutil.copytree(filled, folders[1])
+    barrier = threading.Barrier(2, timeout=60)
+
+    def open_rank(rank):
+        try:
+            return open_in(folders[rank], dataset, vae, rank=rank, world_size=2, wait=barrier.wait)
+        except ValueError as error:
+            barrier.abort()  # as the launcher ends the others
+            return str(error)
+        except threading.BrokenBarrierError:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(open_rank, range(2)))[refused_rank]
+    folder = folders[refused_rank]
+    assert f"--latents_dir {folder}: must be on a file system that all machines share: {match}" in found
+    assert set(contents(folders[1])) == (set(contents(filled)) if there_before else set())
+
+
+def test_a_file_may_come_into_sight_late(dataset, vae, copied, tmp_path):
+    """As on NFS."""
+    index = copied / "index.json"
+    hidden = index.rename(tmp_path / "hidden")
+    threading.Timer(0.5, lambda: hidden.rename(index)).start()
+    images.latent_files.LatentFiles(copied, (55, 2, 2, 3, 4, 4), BATCH_SIZE, {}).check_is_shared()
+
+
 @pytest.mark.parametrize("batches_encoded", [0, 1, 6])
 def test_a_killed_run_goes_on(dataset, vae, filled, batches_encoded, encodings, tmp_path, monkeypatch):
     encode = images.encoding.encode
