@@ -190,6 +190,14 @@ class LatentFiles:
         return self._moments(block).with_suffix(".json")
 
 
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What the index in a folder says; {} where there is none that can be read."""
+    try:
+        return _read_json(folder / INDEX)
+    except (OSError, ValueError):
+        return {}
+
+
 def _checksum(moments: np.ndarray, bad: dict) -> int:
     return zlib.crc32(json.dumps(bad).encode(), zlib.crc32(moments))
 

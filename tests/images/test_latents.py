@@ -103,6 +103,31 @@ def test_one_view(dataset, vae, filled, tmp_path):
     assert torch.equal(latents[7][0], open_in(filled, dataset, vae)[7][0])
 
 
+def test_both_views_serve_a_run_without_flips(dataset, vae, filled, encodings, tmp_path):
+    both = open_in(filled, dataset, vae)
+    one = open_in(filled, dataset, vae, mirrored=False)
+    assert encodings == []
+    assert torch.equal(one.decode_all(show_progress=False), both.decode_all(show_progress=False)[:, :1])
+    assert one.nbytes == both.nbytes / 2 == one.decode_all(show_progress=False).nbytes
+    assert torch.equal(one.sample(), open_in(tmp_path, dataset, vae, mirrored=False).sample())
+    assert not torch.equal(one.sample(), both.sample())
+    assert torch.equal(pickle.loads(pickle.dumps(one))[7], both[7][:1])
+
+
+def test_an_unfinished_folder_of_both_views_goes_on_with_both(dataset, vae, filled, copied):
+    (copied / "moments-00005.npy").unlink()
+    open_in(copied, dataset, vae, mirrored=False)
+    assert contents(copied) == contents(filled)
+
+
+def test_one_view_does_not_serve_flips(dataset, vae, tmp_path):
+    open_in(tmp_path, dataset, vae, mirrored=False)
+    with pytest.raises(
+        ValueError, match=rf"--latents_dir {tmp_path}: has no mirror images' latents, which --random_flip needs"
+    ):
+        open_in(tmp_path, dataset, vae)
+
+
 def test_the_data_set_is_as_the_images(dataset, vae, filled):
     latents = open_in(filled, dataset, vae)
     assert latents.pixels is dataset
@@ -468,7 +493,6 @@ def test_each_process_checks_its_share(dataset, vae, copied):
     [
         ({"identity": {**IDENTITY, "sha256": "4567"}}, r"holds other latents: vae sha256 was 0123, now it is 4567\. "),
         ({"identity": {**IDENTITY, "name": "x"}}, "vae name was None, now it is x"),
-        ({"mirrored": False}, "mirrored was True, now it is False"),
         ({"batch_size": 2}, "batch_size was 4, now it is 2"),
         ({"dataset": {"split": "train[:54]"}}, "images was 55, now it is 54"),
         ({"dataset": {"split": "train[55:110]"}}, "fingerprint was 55-[0-9a-f]+, now it is 55-[0-9a-f]+. Choose"),
