@@ -4,16 +4,20 @@ import json
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 INDEX = "index.json"
 DTYPE = np.dtype("<f2")
 MAX_BLOCK_BYTES = 64 * 2**20  # what a killed run encodes again, at most, for each process
+SECONDS_OUT_OF_SIGHT = 60  # NFS remembers for 30 to 60 that a file was not there
 MIN_BLOCKS = 64  # so that many processes have about equal shares
 
 
@@ -79,6 +83,22 @@ class LatentFiles:
             text = json.dumps(self.settings, indent=1) + "\n"
             _write_whole(self.folder / INDEX, lambda file: file.write(text.encode()))
 
+    def check_is_shared(self) -> None:
+        """Raises ValueError if this process does not see the index that the first has written."""
+        self._wait_to_see(self.folder / INDEX)
+
+    def _wait_to_see(self, path: Path) -> None:
+        """Raises ValueError if what another process has written does not come into sight: network file systems may show
+        it late, and a folder of another machine's own disk never."""
+        end = time.monotonic() + SECONDS_OUT_OF_SIGHT
+        while not path.exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"--latents_dir {self.folder}: must be on a file system that all machines share: {path.name} of "
+                    "the main process is not there"
+                )
+            time.sleep(0.1)
+
     def _check_index(self) -> None:
         """Raises ValueError unless the folder is empty, or its index has these settings."""
         path = self.folder / INDEX
@@ -107,29 +127,49 @@ class LatentFiles:
         record = {"crc32": _checksum(moments, bad), "bad_images": bad}
         _write_whole(self._record(block), lambda file: file.write(json.dumps(record).encode()))
         _write_whole(self._moments(block), lambda file: np.save(file, moments, allow_pickle=False))
+        self._note_intact(block)
 
     def read(self, block: int) -> np.ndarray:
-        """The moments of a block, [images, V, 2, C, h, w], memory-mapped. Raises ValueError if the file has others."""
+        """The moments of a block, [images, V, 2, C, h, w], memory-mapped, read-only. Raises ValueError if the file has
+        others."""
         path, shape = self._moments(block), (len(self.images_of(block)), *self.shape[1:])
+        self._wait_to_see(path)
         try:
             moments = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:  # cut short, or no .npy at all
             raise self._damaged(block, str(error)) from error
         if moments.shape != shape or moments.dtype != DTYPE or not moments.flags.c_contiguous:
             raise self._damaged(block, f"it holds {moments.dtype} {list(moments.shape)}, not float16 {list(shape)}")
-        if path.stat().st_size != moments.offset + moments.nbytes:
+        size = moments.offset + moments.nbytes
+        if path.stat().st_size != size:
             raise self._damaged(block, "it goes on behind its end")
-        return moments
+        # Mapped again, as NumPy keeps the file open: a large data set has more blocks than a process may open files
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        mapped.flags.writeable = False
+        return mapped[moments.offset :].view(DTYPE).reshape(shape)
 
     def bad_images(self, block: int) -> dict[int, str]:
         """{image: why} of those in a block that cannot be decoded; their moments mean nothing. Raises ValueError."""
         return {int(i): why for i, why in self._read_record(block)["bad_images"].items()}
 
     def check(self, block: int) -> None:
-        """Raises ValueError if a block is not, bit for bit, what was written."""
-        record = self._read_record(block)
-        if _checksum(self.read(block), record["bad_images"]) != record["crc32"]:
+        """Raises ValueError if a block is not what was written: bit for bit, unless neither of its files has been
+        written to since that was last found."""
+        record, moments = self._read_record(block), self.read(block)
+        if self._is_noted_intact(block):
+            return
+        if _checksum(moments, record["bad_images"]) != record["crc32"]:
             raise self._damaged(block, "its checksum is another")
+        self._note_intact(block)
+
+    def _note_intact(self, block: int) -> None:
+        """Give the record the time of the moments: whoever writes to either file makes them differ."""
+        with suppress(OSError):  # somebody else's files; they are checked each time then
+            times = self._moments(block).stat()
+            os.utime(self._record(block), ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def _is_noted_intact(self, block: int) -> bool:
+        return self._moments(block).stat().st_mtime_ns == self._record(block).stat().st_mtime_ns
 
     def _read_record(self, block: int) -> dict[str, Any]:
         try:
@@ -148,6 +188,14 @@ class LatentFiles:
 
     def _record(self, block: int) -> Path:
         return self._moments(block).with_suffix(".json")
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What the index in a folder says; {} where there is none that can be read."""
+    try:
+        return _read_json(folder / INDEX)
+    except (OSError, ValueError):
+        return {}
 
 
 def _checksum(moments: np.ndarray, bad: dict) -> int:

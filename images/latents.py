@@ -21,7 +21,7 @@ from progress import progress_bar
 
 from .dataset import ImageDataset
 from .encoding import encode_blocks
-from .latent_files import LatentFiles
+from .latent_files import LatentFiles, saved_settings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -43,40 +43,43 @@ def open_latents(
     wait: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> "LatentDataset":
-    """Encode into `folder` what is not there yet, check the rest by its checksums, and open all. A run that was killed
-    goes on with the block of images that it was at.
+    """Encode into `folder` what is not there yet, check the rest, by their checksums where files were written to since
+    they were last checked, and open all. A run that was killed goes on with the block of images that it was at.
 
     All W = world_size processes must call it; each takes a W-th of the work. The files' bits do not depend on W.
 
     Args:
         dataset: the images, or a part of them.
-        vae: stays as it is, where it is; a copy encodes, in float32.
+        vae: stays as it is, where it is; a copy encodes, in float32 (a GPU's convolutions in TF32).
         folder: holds the latents of these images, or nothing.
         identity: what tells the VAE from others, as JSON can hold it.
-        mirrored: of mirror images, too.
+        mirrored: of mirror images, too. A folder that has them serves without them as well.
         device: that encodes.
         batch_size: of encoding.
         wait: returns when every process has called it.
 
     Raises:
-        ValueError: the folder is of other images or another VAE, has too little space, or a damaged file; images cannot
-            be decoded (with "skip": all of them); the VAE cannot encode them, or not within float16.
+        ValueError: the folder is of other images or another VAE, has too little space, or a damaged file, or is not the
+            same for all processes; images cannot be decoded (with "skip": all of them); the VAE cannot encode them, or
+            not within float16.
         OSError: a file cannot be written.
     """
-    shape = (len(dataset), 2 if mirrored else 1, 2, *latent_shape(vae.config, dataset.channels, dataset.resolution))
-    settings = {"vae": identity, **_settings_of(dataset), "mirrored": mirrored, "batch_size": batch_size}
+    both_views = _has_both_views(folder, mirrored)
+    shape = (len(dataset), 2 if both_views else 1, 2, *latent_shape(vae.config, dataset.channels, dataset.resolution))
+    settings = {"vae": identity, **_settings_of(dataset), "mirrored": both_views, "batch_size": batch_size}
     files = LatentFiles(folder, shape, batch_size, settings)
     missing = files.missing_blocks()  # each process looks before any writes a block
     if rank == 0:
         files.write_index()
     wait()
+    files.check_is_shared()
     present = sorted(set(range(files.num_blocks)) - set(missing))
     _check_blocks(files, present[rank::world_size], dataset, show_progress)
     if own := missing[rank::world_size]:
-        how = {"mirrored": mirrored, "device": device, "batch_size": batch_size}
+        how = {"mirrored": both_views, "device": device, "batch_size": batch_size}
         encode_blocks(files, own, dataset, vae, **how, show_progress=show_progress)
     wait()
-    latents = LatentDataset(dataset, files)
+    latents = LatentDataset(dataset, files, mirrored)
     dataset.leave_out(latents.bad)
     return latents
 
@@ -94,6 +97,16 @@ def latent_shape(vae_config: dict[str, Any], channels: int, resolution: int) -> 
     if resolution % factor:
         raise ValueError(f"--resolution {resolution}: is no multiple of {factor}, by which the VAE divides it")
     return vae_config["latent_channels"], resolution // factor, resolution // factor
+
+
+def _has_both_views(folder: Path, mirrored: bool) -> bool:
+    """Whether the folder has latents of mirror images, or will have. Raises ValueError if they are lacking."""
+    found = saved_settings(folder).get("mirrored", mirrored)
+    if mirrored and found is False:
+        raise ValueError(
+            f"--latents_dir {folder}: has no mirror images' latents, which --random_flip needs. Choose another folder"
+        )
+    return mirrored or found is True
 
 
 def _settings_of(dataset: ImageDataset) -> dict[str, Any]:
@@ -127,19 +140,20 @@ class LatentDataset(torch.utils.data.Dataset):
         bad: {index: why} of the images that cannot be decoded, as was found when they were encoded.
     """
 
-    def __init__(self, images: ImageDataset, files: LatentFiles):
+    def __init__(self, images: ImageDataset, files: LatentFiles, mirrored: bool):
         self.pixels = images
         self.name, self.classes = images.name, images.classes
         self.image_shape = files.shape[-3:]
         self.channels, self.resolution, _ = self.image_shape
-        self.nbytes = len(images) * files.image_bytes
-        self._files = files
-        self._blocks = [files.read(block) for block in range(files.num_blocks)]
+        self._files, self._mirrored = files, mirrored
+        self._views = 2 if mirrored else 1  # of those in the files
+        self.nbytes = len(images) * files.image_bytes * self._views // files.shape[1]
+        self._blocks = [files.read(block)[:, : self._views] for block in range(files.num_blocks)]
         self.bad = {i: why for block in range(files.num_blocks) for i, why in files.bad_images(block).items()}
 
     def __reduce__(self) -> tuple:
         # A DataLoader's worker that is not forked opens the files itself: pickled, the blocks are all that is in them
-        return LatentDataset, (self.pixels, self._files)
+        return LatentDataset, (self.pixels, self._files, self._mirrored)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -217,7 +231,8 @@ class LatentDataset(torch.utils.data.Dataset):
             num_workers: of no use here.
             show_progress: draw a progress bar.
         """
-        all_moments, start = torch.empty(len(self) - len(self.bad), *self._files.shape[1:], dtype=torch.float16), 0
+        shape = (len(self) - len(self.bad), self._views, *self._files.shape[2:])
+        all_moments, start = torch.empty(shape, dtype=torch.float16), 0
         settings = {"desc": f"Reading the latents of {self.name}", "unit": "file", "delay": NOTICEABLE_SECONDS}
         for block, moments in enumerate(progress_bar(self._blocks, **settings, disable=not show_progress)):
             good = [row for row, i in enumerate(self._files.images_of(block)) if i not in self.bad]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL
 from image_helpers import batches, contents_with_bad_ones, open_source, rows_of, write_folder
 
 import images.encoding
+import images.latent_files
 from images import BadImage, image_order, open_images, open_latents, sample_posterior, training_batches
 
 BATCH_SIZE = 4
@@ -101,6 +103,31 @@ def test_one_view(dataset, vae, filled, tmp_path):
     assert torch.equal(latents[7][0], open_in(filled, dataset, vae)[7][0])
 
 
+def test_both_views_serve_a_run_without_flips(dataset, vae, filled, encodings, tmp_path):
+    both = open_in(filled, dataset, vae)
+    one = open_in(filled, dataset, vae, mirrored=False)
+    assert encodings == []
+    assert torch.equal(one.decode_all(show_progress=False), both.decode_all(show_progress=False)[:, :1])
+    assert one.nbytes == both.nbytes / 2 == one.decode_all(show_progress=False).nbytes
+    assert torch.equal(one.sample(), open_in(tmp_path, dataset, vae, mirrored=False).sample())
+    assert not torch.equal(one.sample(), both.sample())
+    assert torch.equal(pickle.loads(pickle.dumps(one))[7], both[7][:1])
+
+
+def test_an_unfinished_folder_of_both_views_goes_on_with_both(dataset, vae, filled, copied):
+    (copied / "moments-00005.npy").unlink()
+    open_in(copied, dataset, vae, mirrored=False)
+    assert contents(copied) == contents(filled)
+
+
+def test_one_view_does_not_serve_flips(dataset, vae, tmp_path):
+    open_in(tmp_path, dataset, vae, mirrored=False)
+    with pytest.raises(
+        ValueError, match=rf"--latents_dir {tmp_path}: has no mirror images' latents, which --random_flip needs"
+    ):
+        open_in(tmp_path, dataset, vae)
+
+
 def test_the_data_set_is_as_the_images(dataset, vae, filled):
     latents = open_in(filled, dataset, vae)
     assert latents.pixels is dataset
@@ -141,6 +168,20 @@ def test_the_global_random_state_and_precision_are_left_alone(dataset, vae, tmp_
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_gpu_may_round_in_convolutions_alone(dataset, vae, tmp_path, monkeypatch):
+    seen, encode = [], images.encoding.encode
+
+    def spy(*args):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return encode(*args)
+
+    monkeypatch.setattr(images.encoding, "encode", spy)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        open_in(tmp_path, dataset, vae)
+        assert not torch.backends.cudnn.allow_tf32
+    assert set(seen) == {(True, "highest")}
+
+
 @pytest.mark.parametrize(
     ("row", "value", "match"),
     [(0, 2e5, "image 0: .* a mean of 100000, .* 65504"), (3, 28.0, "a standard deviation of .*"), (1, np.nan, "nan")],
@@ -169,6 +210,17 @@ def test_batches_are_in_the_order_of_the_images(dataset, vae, filled, placement)
 def test_workers_stream_them(dataset, vae, filled):
     latents = open_in(filled, dataset, vae)
     assert torch.equal(batches(latents, 2, placement="stream", num_workers=1), batches(latents, 2))
+
+
+def test_no_file_stays_open_and_none_is_written_to(dataset, vae, filled):
+    """ImageNet has more blocks than a process may open files."""
+    before, count = contents(filled), len(os.listdir("/proc/self/fd"))
+    latents = open_in(filled, dataset, vae)
+    assert len(os.listdir("/proc/self/fd")) == count
+    latents[3].zero_()
+    latents.decode_all(show_progress=False).zero_()
+    assert not any(block.flags.writeable for block in latents._blocks)
+    assert contents(filled) == before
 
 
 def test_a_worker_is_not_sent_what_is_in_the_files(vae, filled, dataset):
@@ -303,6 +355,43 @@ def test_any_number_of_processes_write_the_same_bytes(
     assert contents(copied) == contents(filled)
 
 
+@pytest.mark.parametrize(
+    ("there_before", "refused_rank", "match"), [(False, 1, "index.json"), (True, 0, "moments-00001.npy")]
+)
+def test_folders_that_machines_do_not_share_are_refused(
+    dataset, vae, filled, there_before, refused_rank, match, tmp_path, monkeypatch
+):
+    """Each of two processes has a folder of its own; a run on one machine alone may have filled that before."""
+    monkeypatch.setattr(images.latent_files, "SECONDS_OUT_OF_SIGHT", 0.2)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    if there_before:
+        shutil.copytree(filled, folders[1])
+    barrier = threading.Barrier(2, timeout=60)
+
+    def open_rank(rank):
+        try:
+            return open_in(folders[rank], dataset, vae, rank=rank, world_size=2, wait=barrier.wait)
+        except ValueError as error:
+            barrier.abort()  # as the launcher ends the others
+            return str(error)
+        except threading.BrokenBarrierError:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(open_rank, range(2)))[refused_rank]
+    folder = folders[refused_rank]
+    assert f"--latents_dir {folder}: must be on a file system that all machines share: {match}" in found
+    assert set(contents(folders[1])) == (set(contents(filled)) if there_before else set())
+
+
+def test_a_file_may_come_into_sight_late(dataset, vae, copied, tmp_path):
+    """As on NFS."""
+    index = copied / "index.json"
+    hidden = index.rename(tmp_path / "hidden")
+    threading.Timer(0.5, lambda: hidden.rename(index)).start()
+    images.latent_files.LatentFiles(copied, (55, 2, 2, 3, 4, 4), BATCH_SIZE, {}).check_is_shared()
+
+
 @pytest.mark.parametrize("batches_encoded", [0, 1, 6])
 def test_a_killed_run_goes_on(dataset, vae, filled, batches_encoded, encodings, tmp_path, monkeypatch):
     encode = images.encoding.encode
@@ -374,6 +463,24 @@ def test_damage_is_found_and_mended(dataset, vae, filled, copied, kind, encoding
     assert contents(copied) == contents(filled)
 
 
+def test_what_nobody_wrote_to_is_not_read_again(dataset, vae, copied, monkeypatch):
+    """All of ImageNet's latents would be 42 GB at each start."""
+    checked, checksum = [], images.latent_files._checksum
+    monkeypatch.setattr(images.latent_files, "_checksum", lambda *args: checked.append(args) or checksum(*args))
+    open_in(copied, dataset, vae)
+    assert checked == []
+    for path, kind in [("moments-00003", "npy"), ("moments-00007", "json")]:
+        (copied / f"{path}.{kind}").touch()
+    open_in(copied, dataset, vae)
+    assert len(checked) == 2
+    open_in(copied, dataset, vae)  # which are noted to be intact then
+    assert len(checked) == 2
+    (copied / "moments-00004.npy").unlink()
+    open_in(copied, dataset, vae)
+    open_in(copied, dataset, vae)
+    assert len(checked) == 3  # to be noted when it was written
+
+
 def test_each_process_checks_its_share(dataset, vae, copied):
     flip_a_byte(copied / "moments-00005.npy")
     with pytest.raises(ValueError, match="moments-00005"):
@@ -386,7 +493,6 @@ def test_each_process_checks_its_share(dataset, vae, copied):
     [
         ({"identity": {**IDENTITY, "sha256": "4567"}}, r"holds other latents: vae sha256 was 0123, now it is 4567\. "),
         ({"identity": {**IDENTITY, "name": "x"}}, "vae name was None, now it is x"),
-        ({"mirrored": False}, "mirrored was True, now it is False"),
         ({"batch_size": 2}, "batch_size was 4, now it is 2"),
         ({"dataset": {"split": "train[:54]"}}, "images was 55, now it is 54"),
         ({"dataset": {"split": "train[55:110]"}}, "fingerprint was 55-[0-9a-f]+, now it is 55-[0-9a-f]+. Choose"),
