@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from pipelines import null_label
 from recipes import one_line_errors, parse_options
-from samplers import fold_seed, mean_squares
+from samplers import mean_squares
 from training.clock import PhaseClock
 from training.data import identify, open_batches, read_data
 from training.denoiser import Denoiser
@@ -39,7 +39,7 @@ from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
 from training.stopping import StopCondition
-from training.warm_up import warm_up
+from training.warm_up import warm_up_if_slow
 from training.writing import begin_writing, finish
 
 
@@ -71,19 +71,15 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     max_steps = options.total_steps(batches.num_images / (options.images_per_process * accelerator.num_processes))
     if nothing_to_train := spent_budget(options, output, start, max_steps):
         return accelerator.print(nothing_to_train)
-    identity = identify(options, dataset.pixels, vae)
-    state = build_state(options, accelerator, network, sampler, identity, clock, max_steps)
-    torch.manual_seed(fold_seed(options.seed, accelerator.process_index, stream=2))  # of dropout: differs by process
-    state.load(start)
+    state = build_state(options, accelerator, network, sampler, identify(options, dataset, vae), clock, max_steps)
+    state.begin(start, options.seed)
     evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
 
     # An update, and the end of updates
     null, share = null_label(network.config), options.share_of_null_labels
     denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, null)
     step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip, share, null)
-    if options.compile or accelerator.device.type == "cuda" or accelerator.num_processes > 1:
-        with clock.phase("warm_up"):
-            warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
+    warm_up_if_slow(state, denoiser, dataset.image_shape, options.train_batch_size, options.compile)
     if options.dry_run:
         return dry_run(options, state, batches, max_steps, partial(train_step, state, denoiser, step_random))
     stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)  # before data workers are forked

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from images import ImageBatches, ImageDataset, open_images, training_batches
+from images import ImageBatches, ImageDataset, LatentDataset, open_images, training_batches
 
 from .options import ClassOptions, TrainingOptions
 from .resuming import Start, check_same_classes, warn_of_changes
@@ -65,11 +65,13 @@ def check_classes(options: ClassOptions, dataset: ImageDataset) -> None:
             raise ValueError(f"--class_conditional: there is no image of class {name!r} to train on")
 
 
-def identify(options: ClassOptions, dataset: ImageDataset, vae: AutoencoderKL | None = None) -> dict[str, Any]:
+def identify(
+    options: ClassOptions, dataset: ImageDataset | LatentDataset, vae: AutoencoderKL | None = None
+) -> dict[str, Any]:
     """What tells the images of a run from others; of their labels, if the network knows them; and the VAE, if it is
     trained in latents."""
     vae_identity = None if vae is None else identify_vae(vae)
-    identity = {"images": len(dataset), "fingerprint": dataset.fingerprint(), "vae": vae_identity}
+    identity = {"images": len(dataset), "fingerprint": dataset.pixels.fingerprint(), "vae": vae_identity}
     if options.class_conditional:
         labels = dataset.labels().numpy().tobytes()
         identity |= {"classes": dataset.classes, "labels": f"{zlib.crc32(labels):08x}"}

@@ -12,12 +12,11 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from images import ImageDataset, LatentDataset, latent_shape, open_latents
-from pipelines.weights import hash_weights
 
 from .clock import PhaseClock
 from .folder_lock import FolderInUse, folder_lock
 from .options import TrainingOptions
-from .vae import load_vae
+from .vae import identify_vae, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def encode_images(
         return None, dataset, validation_images
     vae = load_vae(options.vae)
     latent_shape(vae.config, dataset.channels, dataset.resolution)
-    identity = {"sha256": hash_weights(vae), "scaling_factor": vae.config.scaling_factor}
+    identity = identify_vae(vae)
     vae.to(accelerator.device)
     folder = latents_folder(options, dataset, identity)
 

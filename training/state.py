@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
 from pipelines import choose_kernels
-from samplers import TimestepSampler
+from samplers import TimestepSampler, fold_seed
 
 from .checkpoints import load_checkpoint, save_checkpoint, save_shared_weights_once
 from .clock import PhaseClock
@@ -75,12 +75,14 @@ class TrainingState:
             check_finite(self.ema.shadow_params, f"averaged weights of step {self.step:,}")
             save_checkpoint(self.accelerator, output, self.step, self.process_state(), total_limit)
 
-    def load(self, start: Start) -> None:
-        """Go on from a checkpoint, with the optimiser's settings of this run. At the beginning, nothing happens.
+    def begin(self, start: Start, seed: int) -> None:
+        """Go on from a checkpoint, with the optimiser's settings of this run; at the beginning, seed what dropout
+        draws, which differs by process.
 
         Raises:
             ValueError: the checkpoint does not fit this run.
         """
+        torch.manual_seed(fold_seed(seed, self.accelerator.process_index, stream=2))
         if not start.checkpoint:
             return
         settings = {name: self.optimizer.defaults[name] for name in ("lr", "betas", "weight_decay", "eps")}

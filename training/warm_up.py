@@ -6,6 +6,16 @@ from .denoiser import Denoiser
 from .state import TrainingState
 
 
+def warm_up_if_slow(
+    state: TrainingState, denoiser: Denoiser, image_shape: tuple[int, ...], batch_size: int, is_compiled: bool
+) -> None:
+    """`warm_up` where the first step takes longer than others, on a clock of its own."""
+    accelerator = state.accelerator
+    if is_compiled or accelerator.device.type == "cuda" or accelerator.num_processes > 1:
+        with state.clock.phase("warm_up"):
+            warm_up(state, denoiser, image_shape, batch_size)
+
+
 def warm_up(state: TrainingState, denoiser: Denoiser, image_shape: tuple[int, ...], batch_size: int) -> None:
     """Run the network and the sampler's losses forward and backward on noise, so that what the first step takes longer
     for is over before the clock starts; without gradients too, if the sampler measures the network. Leaves weights,
