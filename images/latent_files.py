@@ -103,7 +103,8 @@ class LatentFiles:
         """Raises ValueError unless the folder is empty, or its index has these settings."""
         path = self.folder / INDEX
         if not path.exists():
-            others = set(os.listdir(self.folder)) - {INDEX, _partial(path).name}  # another process writes it just now
+            # Another process writes the index just now, under a hidden name first; the folder's lock is hidden, too
+            others = {name for name in os.listdir(self.folder) if not name.startswith(".")} - {INDEX}
             if others:
                 raise ValueError(
                     f"--latents_dir {self.folder}: is not empty, and no folder of latents: it holds {min(others)} and "

@@ -110,8 +110,10 @@ def _has_both_views(folder: Path, mirrored: bool) -> bool:
 
 
 def _settings_of(dataset: ImageDataset) -> dict[str, Any]:
-    """What tells images from others. The fingerprint looks at 64 of them at most: that is enough for other data sets
-    and other parts of the same, but a single image that was replaced may have its old latent still."""
+    """What tells images from others. The fingerprint looks at 64 of the N at most: that is enough for other data sets,
+    other parts of the same, and images that were all made anew; but that a share s of them was replaced in place is
+    noticed with a probability of 1 - (1 - s)^64, and for a single image of 64 / N: the others keep their old latents.
+    """
     white_levels = dataset.settings["white_levels"]._asdict()
     return {"fingerprint": dataset.fingerprint(), "image_shape": dataset.image_shape, "white_levels": white_levels}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from images import ImageDataset, LatentDataset, latent_shape, open_latents
@@ -45,50 +46,59 @@ def encode_images(
     latent_shape(vae.config, dataset.channels, dataset.resolution)
     identity = identify_vae(vae)
     vae.to(accelerator.device)
-    folder = latents_folder(options, dataset, identity)
 
     def encode(images: ImageDataset, part: str) -> LatentDataset:
-        return open_latents(
-            images,
-            vae,
-            folder / part,
-            identity=identity,
-            mirrored=options.random_flip,
-            device=accelerator.device,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
-            show_progress=accelerator.is_local_main_process,
-        )
+        folder = latents_folder(options, images, part, identity)
+        with ExitStack() as held:
+            lock_when_free(held, folder, accelerator)
+            latents = open_latents(
+                images,
+                vae,
+                folder,
+                identity=identity,
+                mirrored=options.random_flip,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                wait=accelerator.wait_for_everyone,
+                show_progress=accelerator.is_local_main_process,
+            )
+            accelerator.wait_for_everyone()
+            return latents
 
-    with clock.phase("encode"), ExitStack() as held:
-        if accelerator.is_main_process:
-            lock_when_free(held, folder)
-        accelerator.wait_for_everyone()
+    with clock.phase("encode"):
         latents = encode(dataset, "train")
         validation_latents = None if validation_images is None else encode(validation_images, "validation")
-        accelerator.wait_for_everyone()
     accelerator.print(latents.describe())
     return vae, latents, validation_latents
 
 
-def lock_when_free(held: ExitStack, folder: Path) -> None:
-    """Wait until no other run encodes into the folder, which is then there to be read, and hold it."""
+def lock_when_free(held: ExitStack, folder: Path, accelerator: Accelerator) -> None:
+    """Wait until no other run encodes into the folder, which is then there to be read; the main process holds it.
+
+    All processes ask again and again: in one barrier until the end the others would run into its timeout.
+    """
     is_said = False
-    while True:
-        try:
-            return held.enter_context(folder_lock(folder, "--latents_dir"))
-        except FolderInUse as error:
-            if not is_said:
-                logger.warning(f"waiting: {error}")
-            is_said = True
-            time.sleep(1)
+    while in_use := broadcast_object_list([lock_if_free(held, folder) if accelerator.is_main_process else None])[0]:
+        if accelerator.is_main_process and not is_said:
+            logger.warning(f"waiting: {in_use}")
+        is_said = True
+        time.sleep(1)
 
 
-def latents_folder(options: TrainingOptions, images: ImageDataset, identity: dict) -> Path:
-    """`--latents_dir`; by default a folder of the cache, of its own for each data set, size and VAE."""
+def lock_if_free(held: ExitStack, folder: Path) -> str | None:
+    """Hold the folder, or say who does."""
+    try:
+        held.enter_context(folder_lock(folder, "--latents_dir"))
+    except FolderInUse as error:
+        return str(error)
+
+
+def latents_folder(options: TrainingOptions, images: ImageDataset, part: str, identity: dict) -> Path:
+    """Of a part of `--latents_dir`; by default of the cache, where each data set, part, size and VAE has its own."""
     if options.latents_dir:
-        return Path(options.latents_dir).expanduser()
+        return Path(options.latents_dir).expanduser() / part
     made_of = {**identity, "images": images.fingerprint(), "shape": images.image_shape, "mirrored": options.random_flip}
+    made_of["white_levels"] = images.settings["white_levels"]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Path(options.cache_dir or datasets.config.HF_DATASETS_CACHE) / CACHE / key

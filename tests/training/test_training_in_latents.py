@@ -2,7 +2,13 @@
 refused."""
 
 import json
+import os
+import threading
+import time
+from contextlib import ExitStack
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, Run, forked
@@ -11,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_networks import tiny_unet, tiny_vae
 
 from pipelines import load_pipeline
+from training.folder_lock import folder_lock
 
 SMALL_DIT = ("--model", "dit", "--dit", '{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}')
 CLASSES = ("--class_conditional", "--class_dropout", 0.3)
@@ -121,6 +128,59 @@ def test_scores_and_validation_in_latents(train, in_latents):
     again = train("again", *SMALL_DIT, *in_latents, *more).wait()
     assert again.metrics == run.metrics
     assert "Encoding" not in again.output
+
+
+def test_the_cache_has_a_folder_for_each_part_of_the_images(train, vae, tmp_path):
+    """The images to train on stay the same, and those to measure the validation loss on do not."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 8, 8), np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    parts = {"train": pixels[:50], "validation": pixels[50:70], "test": pixels[70:]}
+    saved = {name: datasets.Dataset.from_dict({"image": list(part)}, features) for name, part in parts.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "images")
+    common = (*SMALL_DIT, "--vae", vae, "--dataset_name", tmp_path / "images", "--cache_dir", tmp_path / "cache")
+    outputs = []
+    for split, more in [("validation", ()), ("test", ()), ("validation", ()), ("test", ("--white_level", 300))]:
+        flags = (*more, "--validation_split", split, "--validation_steps", 1, "--max_train_steps", 1)
+        outputs.append(train(f"run{len(outputs)}", *common, *flags).wait().output)
+    assert len(list((tmp_path / "cache" / "adaptive_ddpm_latents").glob("*/index.json"))) == 5
+    assert "Encoding" not in outputs[2]
+
+
+WAITING = """
+import sys
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from accelerate import Accelerator, InitProcessGroupKwargs
+from training.latents import lock_when_free
+
+accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=3))])
+accelerator.wait_for_everyone()
+Path(sys.argv[2], str(accelerator.process_index)).touch()
+with ExitStack() as held:
+    lock_when_free(held, Path(sys.argv[1]), accelerator)
+    accelerator.wait_for_everyone()
+"""
+
+
+def test_processes_wait_longer_than_their_timeout_for_another_run(tmp_path):
+    (tmp_path / "wait.py").write_text(WAITING)
+    (tmp_path / "started").mkdir()
+    held = ExitStack()
+    held.enter_context(folder_lock(tmp_path / "latents"))
+
+    def release():
+        while len(list((tmp_path / "started").iterdir())) < 2:
+            time.sleep(0.1)
+        time.sleep(6)
+        held.close()
+
+    threading.Thread(target=release, daemon=True).start()
+    script = [tmp_path / "wait.py", tmp_path / "latents", tmp_path / "started"]
+    launch = ["python", "-m", "accelerate.commands.launch", "--num_processes=2", *map(str, script)]
+    done = forked(launch, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("waiting: --latents_dir") == 1
 
 
 def test_latents_of_something_else_are_refused(train, in_latents, tmp_path):
