@@ -82,7 +82,7 @@ class TimestepSampler:
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter
-        self.made_of = made_of or {}
+        self.made_of = {**(made_of or {}), "noise_schedule": describe_schedule(schedule)}
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -173,7 +173,7 @@ class TimestepSampler:
 
         Raises:
             ValueError: the state is of another kind of sampler, another number of timesteps, or another loss weighting,
-                error filter or image shape; nothing is changed.
+                error filter, image shape or noise schedule; nothing is changed.
         """
         known = {name: own for name, own in self._parts().items() if name in state}
         for name, own in (self._kind() | known).items():
@@ -252,6 +252,12 @@ def _warn_of_odd_batch():
         "antithetic_randn: on several processes, each needs an even batch; of an odd one, the two examples that "
         "sampler.sample pairs are on different processes, and their noise is not opposite"
     )
+
+
+def describe_schedule(schedule: NoiseSchedule) -> str:
+    """The first, middle and last abar_t, in the digits on which all devices agree: they tell schedules apart."""
+    abar = schedule.alphas_cumprod
+    return "abar = " + ", ".join(f"{value:.4g}" for value in abar[[0, len(abar) // 2, -1]].tolist())
 
 
 def fold_seed(seed: int, counter: int, stream: int = 0) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DDPMScheduler
 from sampler_helpers import (
     T,
     adapt,
@@ -155,7 +156,7 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
 
     saved = made()
     saved.sample(8)
-    new = {"loss_weights", "loss_weighting", "image_shape", "error_filter"}
+    new = {"loss_weights", "loss_weighting", "image_shape", "error_filter", "noise_schedule"}
     state = {k: v for k, v in saved.state_dict().items() if k not in new and not k.startswith("error_filter.")}
     assert state.keys() == {"sampler", "num_train_timesteps", "seed", "num_draws", "probabilities", *saved.state_names}
     loaded = made()
@@ -163,3 +164,13 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
     assert ("may differ" in caplog.text) == METHODS[method].needs_images
     assert torch.equal(saved.loss_weights, loaded.loss_weights)
     assert torch.equal(saved.sample(8).timesteps, loaded.sample(8).timesteps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_of_another_noise_schedule_is_refused(method):
+    """Of as many timesteps: its objective would not be this run's."""
+    state = make_timestep_sampler(scheduler(), method, images=random_images()).state_dict()
+    other = DDPMScheduler(num_train_timesteps=scheduler().config.num_train_timesteps, beta_schedule="scaled_linear")
+    sampler = make_timestep_sampler(other, method, images=random_images())
+    with pytest.raises(ValueError, match=r"its noise_schedule is abar = .*, not abar = "):
+        sampler.load_state_dict(state)
