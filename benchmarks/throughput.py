@@ -238,7 +238,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, device)
     state = build_state(options, accelerator, unet, sampler, {}, PhaseClock(device), max_steps=None)
     denoiser = Denoiser(state.network, noise_scheduler, device)
-    step_random = StepRandom(options.seed, accelerator, options.random_flip)
+    step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip)
     batches = open_batches(options, dataset, accelerator, images_seen=0)
     warm_up(state, denoiser, dataset.image_shape, options.train_batch_size)
 
