@@ -16,6 +16,7 @@ from generation.options import GenerationOptions
 from generation.writing import write_atomically
 from images.records import RECORD, read_record
 from pipelines import network_of, vae_of
+from pipelines.checks import without_private
 from pipelines.weights import hash_weights
 
 SETTINGS = (  # options that decide what image i looks like, or which files hold it
@@ -67,11 +68,6 @@ def describe_classes(options: GenerationOptions, labels: ImageLabels) -> dict[st
 def fingerprint(network: ModelMixin) -> str:
     """SHA-256 of a network's config and weights."""
     return hash_weights(network, json.dumps(without_private(network.config), sort_keys=True))
-
-
-def without_private(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers config without the entries about versions and folders."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def differences(record: dict[str, Any] | None, num_images: int, settings: dict[str, Any]) -> list[str]:

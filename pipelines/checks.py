@@ -36,6 +36,11 @@ def sample_shape(network_config: dict[str, Any]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def without_private(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers config without the entries about versions and folders."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def vae_factor(vae_config: dict[str, Any]) -> int:
     """f: pixels of an image for each of its latents, along a side."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)

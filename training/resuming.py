@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 
 from images import check_output_outside_data
 from pipelines import is_transformer, null_label
+from pipelines.checks import without_private
 from recipes import changed_options
 
 from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
@@ -160,11 +161,6 @@ def check_same_vae(options: ModelOptions, start: Start) -> None:
         raise ValueError(
             f"--vae {options.vae}: the network in {start.checkpoint} was trained on {then}, and would go on on {to_be}"
         )
-
-
-def without_private(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers config without the entries about versions and folders."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def plain(value: Any) -> Any:

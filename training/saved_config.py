@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from pipelines import Network
+from pipelines.checks import without_private
 
 SUBFOLDERS = (None, "unet", "transformer")  # a network's own folder, or a pipeline's
 FLAGS = {"UNet2DModel": "--model unet", "DiTTransformer2DModel": "--model dit"}
@@ -29,7 +30,7 @@ def load_network_config(name_or_path: str, network_class: type[Network]) -> dict
         hint = f" ({FLAGS[kind]})" if kind in FLAGS else ""
         found = f"a {kind}'s{hint}" if kind != expected else f"one without {TELLTALES[network_class]}"
         raise ValueError(f"{flag}: no {expected}'s config, but {found}")
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    return without_private(config)
 
 
 def load_first_config(name_or_path: str, network_class: type[Network]) -> dict[str, Any]:
