@@ -36,7 +36,9 @@ class TimestepSampler:
 
     A subclass states its density. If it is an importance sampler (`corrects_for_density`), then w_t is the loss
     weighting divided by T * p_t, so that the objective stays that of the weighting whatever p_t is; otherwise w_t is
-    the weighting itself and the density changes the objective, as in the papers that propose one.
+    the weighting itself and the density changes the objective, as in the papers that propose one. The scale of all
+    weights together is no part of an objective; it is set so that sum_t p_t w_t = 1 for every method. So a limit on the
+    gradient's norm means the same for all.
 
     Draws are low-discrepancy by default, as in VDM (arXiv 2107.00630, appendix I.1): one uniform offset a batch and n
     equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
@@ -99,7 +101,12 @@ class TimestepSampler:
 
     @property
     def weights(self) -> torch.Tensor:
-        """[T] w_t, the factor on the loss of an example at t."""
+        """[T] w_t, the factor on the loss of an example at t; sum_t p_t w_t = 1."""
+        weights = self.relative_weights()
+        return weights / (self.probabilities * weights).sum()
+
+    def relative_weights(self) -> torch.Tensor:
+        """[T] w_t before it is scaled: the loss weighting, divided by T * p_t if that is corrected for."""
         if not self.corrects_for_density:
             return self.loss_weights
         return self.loss_weights / (self.num_train_timesteps * self.probabilities)

@@ -74,8 +74,7 @@ class UncertaintySampler(LossAwareSampler, LogNormalSampler):
         """[T] u(sigma_t)."""
         return self._features @ self.coefficients
 
-    @property
-    def weights(self) -> torch.Tensor:
+    def relative_weights(self) -> torch.Tensor:
         return (self.loss_weights * torch.exp(-self.log_uncertainty)).float()
 
     def _renew(self, pending):

@@ -15,7 +15,7 @@ def test_clts_moves_from_uniform_to_a_gaussian(n, share):
     gaussian = stats.norm.pdf(np.arange(T), loc=300, scale=300)
     expected = (1 - share) / T + share * gaussian / gaussian.sum()
     np.testing.assert_allclose(sampler.probabilities, expected, rtol=1e-5)
-    assert (sampler.weights == 1).all()
+    assert (sampler.relative_weights() == 1).all()
 
 
 def test_clts_takes_as_many_updates_as_published_and_goes_on_after_a_reload():
