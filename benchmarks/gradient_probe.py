@@ -5,11 +5,11 @@
 
 At the centre of each of K bins of timesteps, the gradient of single examples' losses: their second moment
 G_t = E|grad l_t|^2, in Adam's metric (each coordinate divided by the root of its mean square over all timesteps, which
-is what Adam's second moment becomes when gradients are mostly noise) and plainly; against sqrt(E[l_t]), its free
-proxy. From these, for each objective c, the variance of the gradient estimate, sum_t c_t^2 G_t / p_t, of each density
-over that of the best one, p_t ∝ c_t sqrt(G_t). Further, the cosine of the gradients of two examples whose images and
-noises are related in one of several ways (`PARTNERS`): where it is below that of unrelated ones, a pair is less noisy
-than two examples.
+is what Adam's second moment becomes when gradients are mostly noise) and plainly; against sqrt(s_t E[l_t]), its free
+proxy, with s_t the `epsilon_loss_scale` of what the network predicts. From these, for each objective c, the variance of
+the gradient estimate, sum_t c_t^2 G_t / p_t, of each density over that of the best one, p_t ∝ c_t sqrt(G_t). Further,
+the cosine of the gradients of two examples whose images and noises are related in one of several ways (`PARTNERS`):
+where it is below that of unrelated ones, a pair is less noisy than two examples.
 """
 
 import sys
@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import normalize, open_images
-from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, fold_seed
+from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, epsilon_loss_scale, fold_seed
 from training.denoiser import Denoiser
 from training.machine import device_name
 from training.saving import write_json
@@ -68,12 +68,13 @@ def main(options):
         for name, metric in metrics.items():
             moments[name].append(moments_of(gradients / metric))
     losses = torch.stack(losses)
+    scale = epsilon_loss_scale(schedule, pipeline.scheduler.config.prediction_type)
 
     results = {"timesteps": timesteps, "loss": losses.mean(1).tolist(), "metrics": {}}
     for name in metrics:
         table = {key: [bin[key] for bin in moments[name]] for key in moments[name][0]}
         G = torch.tensor(table["second_moment"])
-        table["relative_variance"] = relative_variances(G, losses.cpu(), objectives, timesteps)
+        table["relative_variance"] = relative_variances(G, losses.cpu(), objectives, timesteps, scale)
         results["metrics"][name] = table
     results |= {"pipeline": options.pipeline, "error_filter": options.error_filter, "examples": options.examples}
     results["device"] = device_name(torch.device(options.device))
@@ -118,13 +119,15 @@ def moments_of(gradients):
     }
 
 
-def relative_variances(second_moment, losses, objectives, timesteps):
-    """{objective: {density: variance of the gradient over the least}}; losses: [K, N]; objectives: {name: [T]}."""
+def relative_variances(second_moment, losses, objectives, timesteps, scale):
+    """{objective: {density: variance of the gradient over the least}}; losses: [K, N]; objectives: {name: [T]}; scale:
+    [T] of `epsilon_loss_scale`."""
     expected_loss, second_loss = losses.mean(1), losses.square().mean(1)
+    scale = scale[timesteps]
     result = {}
     for name, c in objectives.items():
         c = c[timesteps]
-        densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * expected_loss.sqrt()}
+        densities = {"uniform": torch.ones_like(c), "root_mean_loss": c * (scale * expected_loss).sqrt()}
         densities["root_mean_square_loss"] = c * second_loss.sqrt()
         least = (c * second_moment.sqrt()).sum().square()
         variances = {density: (c.square() * second_moment / p).sum() * p.sum() for density, p in densities.items()}

@@ -17,6 +17,7 @@ error filter (what an error counts within its timestep). Installed, this package
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,11 @@ from .kim import KimSampler
 from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, epsilon_loss_scale
 from .spectrum import Spectrum
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
-from .weightings import epsilon_loss_scale
 from .wiener import WienerFilter
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
     "none": lambda schedule, spectrum, device: mean_squares,
     "wiener": WienerFilter,
+    "wiener_ode": partial(WienerFilter, exponent=1.0),
 }
 
 PARTS = {"timestep_sampler": TIMESTEP_SAMPLERS, "loss_weighting": LOSS_WEIGHTINGS, "error_filter": ERROR_FILTERS}
@@ -134,6 +135,7 @@ def make_timestep_sampler(
     method: str = "adaptive",
     *,
     images: torch.Tensor | None = None,
+    prediction_type: str | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> TimestepSampler:
@@ -146,6 +148,8 @@ def make_timestep_sampler(
         method: a key of `METHODS`.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
             `spectral` and the filter `wiener`, which are those of the method `adaptive`.
+        prediction_type: of the network, "epsilon", "v_prediction" or "sample"; by default what the noise scheduler's
+            config says, and "epsilon" where it says nothing. It matters to the density of `adaptive`.
         device: where to draw; the training device.
         options: `timestep_sampler`, `loss_weighting` and `error_filter`, keys of `PARTS`' registries, in place of the
             method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
@@ -155,6 +159,8 @@ def make_timestep_sampler(
             does not allow.
     """
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
+    if prediction_type is None:
+        prediction_type = getattr(getattr(noise_scheduler, "config", None), "prediction_type", "epsilon")
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
     spectrum = None
@@ -171,6 +177,7 @@ def make_timestep_sampler(
     fixed = {
         "error_filter": error_filter,
         "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
+        "prediction_type": prediction_type,
         "device": device,
     }
     try:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .precision import widest_float
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, PredictionType, epsilon_loss_scale
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class TimestepSampler:
             is made from data has `state_dict` and `load_state_dict`: it becomes a part of the sampler's state.
         made_of: {"loss_weighting": name, "image_shape": [C, H, W], or None if no images were used}: what the objective
             was made of, where that is known. The state of a sampler that was made of something else is refused.
+        prediction_type: what the network predicts. Losses are of eps whatever that is; how large the gradients are that
+            they send into the network is not.
         low_discrepancy: False for independent draws.
         antithetic_noise: pair the examples of a batch; by default as the class says.
         seed: of the draws; the same on all ranks.
@@ -76,6 +78,7 @@ class TimestepSampler:
         *,
         error_filter: ErrorFilter = mean_squares,
         made_of: dict[str, Any] | None = None,
+        prediction_type: PredictionType = "epsilon",
         low_discrepancy: bool = True,
         antithetic_noise: bool | None = None,
         seed: int = 0,
@@ -85,6 +88,7 @@ class TimestepSampler:
         self.device = torch.device(device)
         self.error_filter = error_filter
         self.made_of = {**(made_of or {}), "noise_schedule": describe_schedule(schedule)}
+        self.made_of["prediction_type"] = prediction_type
         self.low_discrepancy = low_discrepancy
         if antithetic_noise is not None:
             self.antithetic_noise = antithetic_noise
@@ -93,6 +97,7 @@ class TimestepSampler:
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
         self.probabilities = self._table(torch.full((T,), 1 / T))
         self._generator = torch.Generator(self.device)
+        self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
         self._set_density(self.initial_density(schedule))
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """The noise schedule as every sampler and weighting sees it: tables over the training timesteps."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network predicts, as diffusers names it
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,21 @@ class NoiseSchedule:
     def alphas_cumprod_slope(self) -> torch.Tensor:
         """[T] d(abar_t)/dt, per timestep; negative."""
         return torch.gradient(self.alphas_cumprod)[0]
+
+
+def epsilon_loss_scale(schedule: NoiseSchedule, prediction_type: PredictionType) -> torch.Tensor:
+    """[T] the factor that turns the mean squared error of a network's prediction into its epsilon-loss.
+
+    With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0.
+
+    Raises:
+        ValueError: `prediction_type` is not epsilon, v_prediction or sample.
+    """
+    scales = {
+        "epsilon": torch.ones_like(schedule.alphas_cumprod),
+        "v_prediction": schedule.alphas_cumprod,
+        "sample": schedule.snr,
+    }
+    if prediction_type not in scales:
+        raise ValueError(f"prediction_type must be one of {', '.join(scales)}, not {prediction_type!r}")
+    return scales[prediction_type]

@@ -5,8 +5,6 @@ objective: what the model should be good at. Weights for v- or x_0-prediction ar
 `epsilon_loss_scale` converts.
 """
 
-from typing import Literal
-
 import torch
 
 from .schedule import NoiseSchedule
@@ -77,23 +75,3 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
     undecided = (1 - abar) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
     decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
-
-
-def epsilon_loss_scale(
-    schedule: NoiseSchedule, prediction_type: Literal["epsilon", "v_prediction", "sample"]
-) -> torch.Tensor:
-    """[T] the factor that turns the mean squared error of a network's prediction into its epsilon-loss.
-
-    With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0.
-
-    Raises:
-        ValueError: `prediction_type` is not epsilon, v_prediction or sample.
-    """
-    scales = {
-        "epsilon": torch.ones_like(schedule.alphas_cumprod),
-        "v_prediction": schedule.alphas_cumprod,
-        "sample": schedule.snr,
-    }
-    if prediction_type not in scales:
-        raise ValueError(f"prediction_type must be one of {', '.join(scales)}, not {prediction_type!r}")
-    return scales[prediction_type]

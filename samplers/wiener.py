@@ -9,24 +9,29 @@ from .spectrum import Spectrum, component_powers, for_each_timestep, relative_ga
 
 
 class WienerFilter:
-    """l = mean_i v_i |e_i|^2, v_i = (1 - f) K_i^2 / <K^2> + f: squared errors of eps behind the data's Wiener filter.
+    """l = mean_i v_i |e_i|^2, v_i = (1 - f) K_i^n / <K^n> + f: squared errors of eps behind the data's Wiener filter.
 
     e_i are the components of the error (spatial frequencies, and principal axes of the channels), s_i^2 the variances
     of the data's, and K_i = s_i^2 / (s_i^2 + sigma_t^2) is the gain of the best linear denoiser of x_t.
 
     By the end of ancestral sampling of Gaussian data (the reverse SDE), an error in eps at component i moves the image
     by 2 sigma K_i per unit of log sigma: what is put into a component that x_t has decided stays, the rest is replaced
-    on the way down. So within a timestep an error's square counts K_i^2. In plain mean squares all count the same; at
-    high noise most of them are errors in copying noise from x_t, at frequencies at which nothing is decided yet.
+    on the way down. So within a timestep an error's square counts K_i^2. By the end of the probability flow ODE (DDIM
+    without noise), which moves the image by sigma e_i and lets the part sqrt(K_i) of that stay, it counts K_i: n is 2
+    or 1. In plain mean squares all count the same; at high noise most of them are errors in copying noise from x_t, at
+    frequencies at which nothing is decided yet.
 
-    What a timestep counts against another is left to the weighting c_t: <K^2> = sum K^3 / sum K is the mean over the
-    loss of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
+    What a timestep counts against another is left to the weighting c_t: <K^n> = sum K^(n+1) / sum K is the mean over
+    the loss of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
+    That is a choice: with the two derived together, the few components that are decided at high noise take nearly all
+    of the weight, which trains far worse.
     The minimiser is E[eps | x_t], as ever, since all v_i are positive.
 
     Args:
         schedule: the `NoiseSchedule`.
         spectrum: the data's `Spectrum`.
         plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen.
+        exponent: n, positive: 2 for ancestral sampling, 1 for the ODE.
         device: of the errors.
     """
 
@@ -35,18 +40,24 @@ class WienerFilter:
         schedule: NoiseSchedule,
         spectrum: Spectrum,
         plain_fraction: float = 0.1,
+        exponent: float = 2.0,
         device: torch.device | str = "cpu",
     ) -> None:
         if not 0 < plain_fraction <= 1:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
-        self._schedule, self._device = schedule, device
+        if not exponent > 0:
+            raise ValueError(f"exponent must be positive, not {exponent}")
+        self._schedule, self._device, self.exponent = schedule, device, exponent
         self._make_tables(spectrum, plain_fraction)
 
     def _make_tables(self, spectrum, plain_fraction):
         self.spectrum, self.plain_fraction = spectrum, plain_fraction
-        variances, abar = spectrum.variances, self._schedule.alphas_cumprod
-        # 1 / <K^2>
-        normalizers = for_each_timestep(lambda gains: gains.sum(1) / gains.pow(3).sum(1), variances, self._schedule)
+        variances, abar, n = spectrum.variances, self._schedule.alphas_cumprod, self.exponent
+
+        def normalizer(gains):  # 1 / <K^n>
+            return gains.sum(1) / gains.pow(n + 1).sum(1)
+
+        normalizers = for_each_timestep(normalizer, variances, self._schedule)
         W = variances.shape[-1]
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
@@ -78,19 +89,23 @@ class WienerFilter:
         signal, noise, scale = (
             table[timesteps].view(-1, 1, 1, 1) for table in (self._signal, self._noise, self._scales)
         )
-        counts = scale * relative_gains(self._variances, signal, noise).square() + self.plain_fraction
+        counts = scale * relative_gains(self._variances, signal, noise).pow(self.exponent) + self.plain_fraction
         return (counts * self._opposites * powers).flatten(1).sum(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the filter is made from, beside the noise schedule: axes [C, C], variances [C, H, W], plain_fraction."""
-        return {**self.spectrum._asdict(), "plain_fraction": self.plain_fraction}
+        """What the filter is made from, beside the noise schedule: axes [C, C], variances [C, H, W], exponent and
+        plain_fraction."""
+        return {**self.spectrum._asdict(), "exponent": self.exponent, "plain_fraction": self.plain_fraction}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be the filter that was saved, of whatever images that was made.
 
         Raises:
-            ValueError: they had another shape.
+            ValueError: they had another shape, or the filter another exponent.
         """
+        exponent = state.get("exponent", 2.0)  # an earlier version knew no other
+        if exponent != self.exponent:
+            raise ValueError(f"cannot load this error filter state: its exponent is {exponent}, not {self.exponent}")
         saved, own = (list(variances.shape) for variances in (state["variances"], self.spectrum.variances))
         if saved != own:
             raise ValueError(f"cannot load this error filter state: it is of images of {saved}, this filter of {own}")

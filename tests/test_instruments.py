@@ -24,7 +24,7 @@ import throughput
 from images import open_images, sample_posterior
 from images.encoding import encode
 from recipes import parse_options
-from samplers import METHODS, NoiseSchedule, checked_weights
+from samplers import METHODS, NoiseSchedule, checked_weights, epsilon_loss_scale
 
 T = 100
 
@@ -63,13 +63,17 @@ def test_the_best_density_has_a_relative_variance_of_one():
     timesteps = list(range(5, T, 10))
     losses = torch.exp(-torch.arange(10.0))[:, None].expand(10, 4)
     objectives = {name: checked_weights(name, schedule) for name in ("none", "min_snr", "p2", "bell")}
-    ratios = gradient_probe.relative_variances(7 * losses.mean(1), losses, objectives, timesteps)
+    ratios = gradient_probe.relative_variances(7 * losses.mean(1), losses, objectives, timesteps, torch.ones(T))
     assert set(ratios) == set(objectives)
     for name, ratio in ratios.items():
         assert ratio["root_mean_loss"] == pytest.approx(1, rel=1e-5), name
     root = losses[:, 0].sqrt()
     assert ratios["none"]["uniform"] == pytest.approx(float(10 * root.square().sum() / root.sum() ** 2), rel=1e-5)
     assert ratios["none"]["root_mean_square_loss"] > 1.1
+    scale = epsilon_loss_scale(schedule, "v_prediction")
+    G = scale[timesteps] * losses.mean(1)
+    ratios = gradient_probe.relative_variances(G, losses, objectives, timesteps, scale)
+    assert ratios["none"]["root_mean_loss"] == pytest.approx(1, rel=1e-5)
 
 
 def test_the_gradient_probe_runs(pipelines, tmp_path):

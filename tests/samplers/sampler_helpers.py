@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,10 +184,12 @@ def digits(count=512):
     return open_images("digits", resolution=8).sample(count)
 
 
-def moved_by_an_error(beta_schedule, variances, at):
+def moved_by_an_error(beta_schedule, variances, at, kind=DDPMScheduler):
     """[len(at), K] how far a unit error in eps at t moves the components of a finished image: by diffusers' own
-    ancestral sampling of Gaussian data of these variances, with the perfect network."""
-    scheduler = DDPMScheduler(T, beta_schedule=beta_schedule, clip_sample=False)
+    ancestral sampling (or DDIM's ODE) of Gaussian data of these variances, with the perfect network."""
+    scheduler = kind(T, beta_schedule=beta_schedule, clip_sample=False)
+    if kind is DDIMScheduler:
+        scheduler.set_timesteps(T)
     abar = scheduler.alphas_cumprod.double()
 
     def finished(error_at):

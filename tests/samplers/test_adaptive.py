@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from sampler_helpers import (
     T,
     adapt,
@@ -9,11 +10,12 @@ from sampler_helpers import (
     falling_loss,
     scheduler,
     state_bits,
+    tables,
     total_variation,
     uniform_density,
 )
 
-from samplers import antithetic_randn, make_timestep_sampler
+from samplers import antithetic_randn, epsilon_loss_scale, make_timestep_sampler
 
 
 def adaptive(weighting="bell", **options):
@@ -100,6 +102,25 @@ def test_gradient_variance_is_near_the_least_there_is(weighting):
     uniform, learned = (float((c**2 * G / p.double()).sum()) for p in (uniform_density(), sampler.probabilities))
     assert learned < 0.9 * uniform
     assert learned < 1.06 * least
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_gradient_variance_is_near_the_least_there_is_whatever_the_network_predicts(beta_schedule, prediction_type):
+    """G_t here is that of a network's output: of a random error of each timestep's size, by autograd."""
+    schedule = tables(beta_schedule, T)
+    scale = epsilon_loss_scale(schedule, prediction_type)[:, None]
+    error = torch.randn(T, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error *= (falling_loss(T)[:, None] / scale).sqrt()
+    output = error.requires_grad_()
+    loss = (scale * output.square()).mean(1)
+    G = torch.autograd.grad(loss.sum(), output)[0].square().sum(1)
+    noise_scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type)
+    options = {"loss_weighting": "bell", "error_filter": "none", "uniform_fraction": 0.01}
+    sampler = train(make_timestep_sampler(noise_scheduler, **options), loss.detach().float(), epochs=60)
+    c = sampler.loss_weights.double()
+    least = float((c * G.sqrt()).sum() ** 2)
+    assert float((c**2 * G / sampler.probabilities.double()).sum()) < 1.06 * least
 
 
 def test_gradients_of_a_model_are_less_noisy_at_the_same_mean():

@@ -130,6 +130,8 @@ def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
     [
         ({"loss_weighting": "bell"}, "its loss_weighting is spectral, not bell"),
         ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares"),
+        ({"error_filter": "wiener_ode"}, "its exponent is 2.0, not 1.0"),
+        ({"prediction_type": "v_prediction"}, "its prediction_type is epsilon, not v_prediction"),
         ({"images": images_of(16, channels=3)}, r"its image_shape is \[1, 8, 8\], not \[3, 8, 8\]"),
         ({"images": images_of(16, size=16)}, r"its image_shape is \[1, 8, 8\], not \[1, 16, 16\]"),
     ],
@@ -156,7 +158,7 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
 
     saved = made()
     saved.sample(8)
-    new = {"loss_weights", "loss_weighting", "image_shape", "error_filter", "noise_schedule"}
+    new = {"loss_weights", "loss_weighting", "image_shape", "error_filter", "noise_schedule", "prediction_type"}
     state = {k: v for k, v in saved.state_dict().items() if k not in new and not k.startswith("error_filter.")}
     assert state.keys() == {"sampler", "num_train_timesteps", "seed", "num_draws", "probabilities", *saved.state_names}
     loaded = made()

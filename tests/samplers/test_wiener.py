@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from sampler_helpers import T, digits, moved_by_an_error, tables
 
 from samplers import NoiseSchedule, Spectrum, WienerFilter, mean_squares
@@ -34,14 +35,15 @@ def waves(spectrum, axis, frequency):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_image(beta_schedule):
+@pytest.mark.parametrize(("kind", "exponent"), [(DDPMScheduler, 2.0), (DDIMScheduler, 1.0)])
+def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_image(kind, exponent, beta_schedule):
     """The ratio of two components' losses at the same t, against diffusers' own sampling."""
     spectrum = Spectrum.of(smooth_images())
     chosen = [(2, (0, 0)), (2, (0, 1)), (2, (2, 2)), (0, (1, 0))]
     variances = torch.stack([spectrum.variances[axis][frequency] for axis, frequency in chosen])
     at = [30, 100, 250, 400, 550, 700, 850]
-    moved = moved_by_an_error(beta_schedule, variances, at).square()
-    loss = wiener(smooth_images(), beta_schedule, plain_fraction=1e-9)
+    moved = moved_by_an_error(beta_schedule, variances, at, kind).square()
+    loss = wiener(smooth_images(), beta_schedule, plain_fraction=1e-9, exponent=exponent)
     counts = torch.stack(
         [
             loss(waves(spectrum, *component).float().expand(len(at), -1, -1, -1), torch.tensor(at))
@@ -53,11 +55,12 @@ def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_i
     np.testing.assert_allclose(ours, theirs, rtol=0.06, atol=1e-6)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
 @pytest.mark.parametrize("plain_fraction", [0.1, 0.5, 1.0])
-def test_the_best_linear_denoiser_has_the_loss_that_it_has_in_plain_mean_squares(plain_fraction):
+def test_the_best_linear_denoiser_has_the_loss_that_it_has_in_plain_mean_squares(plain_fraction, exponent):
     """On Gaussian data of that spectrum: sum_i v_i K_i = sum_i K_i, here by 4,000 draws of it at each of some t."""
     spectrum = Spectrum.of(smooth_images())
-    loss = wiener(smooth_images(), plain_fraction=plain_fraction)
+    loss = wiener(smooth_images(), plain_fraction=plain_fraction, exponent=exponent)
     abar = tables().alphas_cumprod
     generator = torch.Generator().manual_seed(1)
     for t in (20, 200, 500, 900):
@@ -105,3 +108,5 @@ def test_errors_of_another_shape_and_bad_fractions_are_refused():
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(ValueError, match=f"plain_fraction must be in .0, 1., not {fraction}"):
             wiener(digits(), plain_fraction=fraction)
+    with pytest.raises(ValueError, match="exponent must be positive, not 0"):
+        wiener(digits(), exponent=0)
