@@ -123,7 +123,7 @@ def train_step(
     accelerator, network, sampler, optimizer = state.accelerator, state.network, state.sampler, state.optimizer
     step_random.begin(state.step)
     images = step_random.inputs(images)
-    noise = step_random.noise(images.shape, antithetic=sampler.antithetic_noise)
+    noise = step_random.noise(images, sampler.noise_coupling)
     labels = step_random.drop_labels(labels)
     timesteps, weights = sampler.sample(len(images), images=images)
     sampler.before_update(images, denoiser.epsilon_losses)

@@ -1,14 +1,15 @@
 """Which timesteps to train on, and how much each one counts.
 
-A method is a timestep sampler (the density p_t), a loss weighting (c_t: what a timestep counts in the objective) and an
-error filter (what an error counts within its timestep). Installed, this package is `adaptive_timesteps`; the folder
-`samplers`, copied into another project, is the same package by that name. It imports PyTorch alone.
+A method is a timestep sampler (the density p_t), a loss weighting (c_t: what a timestep counts in the objective), an
+error filter (what an error counts within its timestep) and a noise coupling (which noise goes with which image).
+Installed, this package is `adaptive_timesteps`; the folder `samplers`, copied into another project, is the same package
+by that name. It imports PyTorch alone.
 
-    from adaptive_timesteps import antithetic_randn, make_timestep_sampler     # or: from samplers import ...
+    from adaptive_timesteps import make_timestep_sampler     # or: from samplers import ...
 
     sampler = make_timestep_sampler(noise_scheduler, "adaptive", images=some_training_images, device=device)
 
-    noise = antithetic_randn(*images.shape, device=device)
+    noise = sampler.noise(images)
     timesteps, weights = sampler.sample(len(images))
     ...                                             # errors: [batch_size, C, H, W], eps_theta - eps
     losses = sampler.losses(errors, timesteps)
@@ -25,13 +26,15 @@ import torch
 from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
-from .base import ErrorFilter, TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares, of_first_rank
+from .base import ErrorFilter, TimestepBatch, TimestepSampler, fold_seed, mean_squares
 from .clts import CLTSSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
 from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
+from .noise_coupling import NoiseCoupling, antithetic, antithetic_randn, immiscible, independent
+from .processes import of_first_rank
 from .schedule import NoiseSchedule, epsilon_loss_scale
 from .spectrum import Spectrum
 from .speed import SpeeDSampler
@@ -65,7 +68,18 @@ ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
     "wiener_ode": partial(WienerFilter, exponent=1.0),
 }
 
-PARTS = {"timestep_sampler": TIMESTEP_SAMPLERS, "loss_weighting": LOSS_WEIGHTINGS, "error_filter": ERROR_FILTERS}
+NOISE_COUPLINGS: dict[str, NoiseCoupling] = {
+    "independent": independent,
+    "antithetic": antithetic,
+    "immiscible": immiscible,
+}
+
+PARTS = {
+    "timestep_sampler": TIMESTEP_SAMPLERS,
+    "loss_weighting": LOSS_WEIGHTINGS,
+    "error_filter": ERROR_FILTERS,
+    "noise_coupling": NOISE_COUPLINGS,
+}
 
 
 class Method(NamedTuple):
@@ -74,6 +88,7 @@ class Method(NamedTuple):
     timestep_sampler: str
     loss_weighting: str = "none"
     error_filter: str = "none"
+    noise_coupling: str = "independent"
 
     @property
     def needs_images(self) -> bool:
@@ -94,13 +109,15 @@ METHODS = {  # as published
     "adaptive_log_snr": Method("adaptive_log_snr"),
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
-    "adaptive": Method("adaptive", "spectral", "wiener"),
+    "immiscible": Method("uniform", noise_coupling="immiscible"),
+    "adaptive": Method("adaptive", "spectral", "wiener", "antithetic"),
 }
 
 __all__ = [
     "ERROR_FILTERS",
     "LOSS_WEIGHTINGS",
     "METHODS",
+    "NOISE_COUPLINGS",
     "PARTS",
     "TIMESTEP_SAMPLERS",
     "AdaptiveLogSNRSampler",
@@ -151,8 +168,9 @@ def make_timestep_sampler(
         prediction_type: of the network, "epsilon", "v_prediction" or "sample"; by default what the noise scheduler's
             config says, and "epsilon" where it says nothing. It matters to the density of `adaptive`.
         device: where to draw; the training device.
-        options: `timestep_sampler`, `loss_weighting` and `error_filter`, keys of `PARTS`' registries, in place of the
-            method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
+        options: `timestep_sampler`, `loss_weighting`, `error_filter` and `noise_coupling`, keys of `PARTS`' registries,
+            in place of the method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`,
+            `uniform_fraction`, ...).
 
     Raises:
         ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
@@ -176,6 +194,7 @@ def make_timestep_sampler(
     image_shape = list(spectrum.variances.shape) if spectrum else None
     fixed = {
         "error_filter": error_filter,
+        "noise_coupling": NOISE_COUPLINGS[parts.noise_coupling],
         "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
         "prediction_type": prediction_type,
         "device": device,

@@ -11,7 +11,7 @@ from .schedule import NoiseSchedule
 
 
 class AdaptiveSampler(LossAwareSampler):
-    """p_t ∝ c_t * sqrt(s_t E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling, with antithetic noise.
+    """p_t ∝ c_t * sqrt(s_t E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
 
     Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: `spectral` for the method `adaptive`, with
     l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same expected gradient; its variance is
@@ -32,10 +32,11 @@ class AdaptiveSampler(LossAwareSampler):
         warmup: draws per timestep before the density adapts.
         memory: the running mean's time constant, as a fraction of the draws so far, positive.
         smoothing: standard deviation of the Gaussian over timesteps, as a fraction of T.
+        learn_until: draws per timestep after which the density stays; as many as `warmup` leave it at its first
+            estimate.
         refresh_every: updates between two renewals of the density (of `LossAwareSampler`).
     """
 
-    antithetic_noise = True
     corrects_for_density = True
     state_names = (*LossAwareSampler.state_names, "sums", "draws_seen")
 
@@ -48,6 +49,7 @@ class AdaptiveSampler(LossAwareSampler):
         warmup: float = 5.0,
         memory: float = 0.2,
         smoothing: float = 0.005,
+        learn_until: float = math.inf,
         **options: Any,
     ) -> None:
         if not 0 < uniform_fraction <= 1:
@@ -59,6 +61,7 @@ class AdaptiveSampler(LossAwareSampler):
         self.uniform_fraction = uniform_fraction
         self.memory = memory
         self.warmup_draws = warmup * T
+        self.last_draws = learn_until * T
         self._kernel = self._table(gaussian_kernel(smoothing * T))
         self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
         self.draws_seen = torch.zeros((), device=self.device)
@@ -74,6 +77,7 @@ class AdaptiveSampler(LossAwareSampler):
 
     def _renew(self, pending):
         draws = pending[1].sum()
+        still_learns = self.draws_seen < self.last_draws
         self.draws_seen += draws
         forgotten = draws / (self.memory * self.draws_seen).clamp_min(1.0)
         self.sums.mul_(torch.exp(-forgotten)).add_(pending)
@@ -81,7 +85,8 @@ class AdaptiveSampler(LossAwareSampler):
         ready = (self.draws_seen >= self.warmup_draws) & (optimal.sum() > 0)
         optimal = torch.where(ready, optimal / optimal.sum(), 1 / self.num_train_timesteps)
         f = self.uniform_fraction
-        self._set_density((1 - f) * optimal + f / self.num_train_timesteps)
+        density = (1 - f) * optimal + f / self.num_train_timesteps
+        self._set_density(torch.where(still_learns, density, self.probabilities))
 
 
 def gaussian_kernel(std: float) -> torch.Tensor:

@@ -1,21 +1,20 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
-import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
+from .noise_coupling import NoiseCoupling, antithetic, independent, warn_of_odd_batch
 from .precision import widest_float
+from .processes import rank_and_world_size
 from .schedule import NoiseSchedule, PredictionType, epsilon_loss_scale
 
 logger = logging.getLogger(__name__)
 
 ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
-Value = TypeVar("Value")
 FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
 
 
@@ -44,12 +43,10 @@ class TimestepSampler:
     equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
     ranks make the same n = B * world_size draws and each takes its own share.
 
-    With `antithetic_noise`, example i of a batch and example i + n / 2 are neighbours in t, for the training loop to
-    give them noise of opposite sign (`antithetic_randn`). An example's gradient depends on its noise much as its
-    neighbour's does, most of all on the noise's mean over the image, whatever the images are; in the sum of the two,
-    this part of the gradient's variance cancels. It holds on every rank for its own batch, if that is even, and always
-    for the batch of all ranks together, in which rank r has the examples r, r + world_size, ...: of odd batches on
-    several ranks, the two of a pair are on different ones.
+    Where the noise is `antithetic`, example i of a batch and example i + n / 2, whose noises are opposite, are
+    neighbours in t. It holds on every rank for its own batch, if that is even, and always for the batch of all ranks
+    together, in which rank r has the examples r, r + world_size, ...: of odd batches on several ranks, the two of a
+    pair are on different ones.
 
     Args:
         schedule: the noise schedule.
@@ -61,13 +58,12 @@ class TimestepSampler:
         prediction_type: what the network predicts. Losses are of eps whatever that is; how large the gradients are that
             they send into the network is not.
         low_discrepancy: False for independent draws.
-        antithetic_noise: pair the examples of a batch; by default as the class says.
+        noise_coupling: makes the noise of a batch; see `noise`.
         seed: of the draws; the same on all ranks.
         device: where draws are made and tables live.
     """
 
     corrects_for_density: bool = False
-    antithetic_noise: bool = False
     measures_model: bool = False  # whether `before_update` and `after_update` run the network, without gradients
     state_names: tuple[str, ...] = ()  # what a subclass learns, tensors and numbers: saved and restored
 
@@ -80,7 +76,7 @@ class TimestepSampler:
         made_of: dict[str, Any] | None = None,
         prediction_type: PredictionType = "epsilon",
         low_discrepancy: bool = True,
-        antithetic_noise: bool | None = None,
+        noise_coupling: NoiseCoupling = independent,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -90,8 +86,7 @@ class TimestepSampler:
         self.made_of = {**(made_of or {}), "noise_schedule": describe_schedule(schedule)}
         self.made_of["prediction_type"] = prediction_type
         self.low_discrepancy = low_discrepancy
-        if antithetic_noise is not None:
-            self.antithetic_noise = antithetic_noise
+        self.noise_coupling = noise_coupling
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
@@ -137,12 +132,23 @@ class TimestepSampler:
         return TimestepBatch(timesteps, self._weights[timesteps])
 
     def _random_order(self, count, generator):
-        """[count] a random permutation; with `antithetic_noise` one that puts 2j and 2j + 1 half a batch apart."""
-        if not self.antithetic_noise:
+        """[count] a random permutation; for antithetic noise one that puts 2j and 2j + 1 half a batch apart."""
+        if self.noise_coupling is not antithetic:
             return torch.rand(count, generator=generator, device=self.device).argsort()
         first = 2 * torch.rand(count // 2, generator=generator, device=self.device).argsort()
         unpaired = torch.arange(count - count % 2, count, device=self.device)
         return torch.cat([first, unpaired, first + 1])
+
+    def noise(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """[B, ...] the noise of a batch of images [B, ...], on their device: in place of `torch.randn_like(images)`.
+
+        Args:
+            generator: on that device; the global one by default.
+        """
+        if self.noise_coupling is antithetic:
+            warn_of_odd_batch(len(images))
+        options = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
 
     def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components.
@@ -210,7 +216,7 @@ class TimestepSampler:
     def _parts(self):
         """What the objective is made of, by name; an error filter that is no function has its class's."""
         filter_name = getattr(self.error_filter, "__name__", type(self.error_filter).__name__)
-        return {"error_filter": filter_name, **self.made_of}
+        return {"error_filter": filter_name, "noise_coupling": self.noise_coupling.__name__, **self.made_of}
 
     def _restore_objective(self, state):
         if hasattr(self.error_filter, "load_state_dict"):
@@ -247,25 +253,6 @@ class TimestepSampler:
         return torch.as_tensor(values).float().to(self.device)  # in this order: the device may have no float64
 
 
-def antithetic_randn(batch_size: int, *shape: int, **options: Any) -> torch.Tensor:
-    """`torch.randn`, in which the second half of the batch is minus the first.
-
-    Warns once where one of several ranks draws for an odd batch, whose pairs it cannot keep: see `TimestepSampler`.
-    """
-    if batch_size % 2 and rank_and_world_size()[1] > 1:
-        _warn_of_odd_batch()
-    half = torch.randn((batch_size + 1) // 2, *shape, **options)
-    return torch.cat([half, -half])[:batch_size]
-
-
-@functools.cache  # once
-def _warn_of_odd_batch():
-    logger.warning(
-        "antithetic_randn: on several processes, each needs an even batch; of an odd one, the two examples that "
-        "sampler.sample pairs are on different processes, and their noise is not opposite"
-    )
-
-
 def describe_schedule(schedule: NoiseSchedule) -> str:
     """The first, middle and last abar_t, in the digits on which all devices agree: they tell schedules apart."""
     abar = schedule.alphas_cumprod
@@ -276,17 +263,3 @@ def fold_seed(seed: int, counter: int, stream: int = 0) -> int:
     """A seed for event number `counter` of a run, in 32 bits, which is all that a CPU generator reads: counters do not
     collide within a stream, and other streams and run seeds lie far away (Knuth's multiplicative hash)."""
     return ((seed * 2654435761 + stream) * 2654435761 + counter) % 2**32
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def of_first_rank(value: Value) -> Value:
-    """The first rank's `value`, on all of them."""
-    values = [value]
-    if rank_and_world_size()[1] > 1:
-        dist.broadcast_object_list(values)
-    return values[0]

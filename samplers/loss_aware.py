@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .base import TimestepSampler, rank_and_world_size
+from .base import TimestepSampler
+from .processes import rank_and_world_size
 from .schedule import NoiseSchedule
 
 EXPLODED = 1e8  # a loss beyond this says nothing about its timestep; float32 sums stay finite

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler
 from sklearn.datasets import load_digits
 import samplers
-from samplers import antithetic_randn, make_timestep_sampler
+from samplers import make_timestep_sampler
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def validate():
 before = validate()
 for step in range(240):
     clean = images[torch.randint(len(images), (64,))]
-    noise = antithetic_randn(*clean.shape)
+    noise = sampler.noise(clean)
     timesteps, weights = sampler.sample(len(clean))  # (2) was: torch.randint(1000, (64,))
     noisy = noise_scheduler.add_noise(clean, noise, timesteps)
     losses = sampler.losses(net(noisy, timesteps) - noise, timesteps)  # (3) was: (...).square().mean((1, 2, 3))

@@ -39,7 +39,7 @@ for method in adaptive_timesteps.METHODS:
     options = {"timestep_sampler": "uniform", "loss_weighting": "none"} if method == "speed" else {}
     sampler = adaptive_timesteps.make_timestep_sampler(noise_scheduler, method, images=images, **options)
     timesteps, weights = sampler.sample(16)
-    noise = adaptive_timesteps.antithetic_randn(*images.shape)
+    noise = sampler.noise(images)
     losses = sampler.losses(noise, timesteps)
     sampler.update(timesteps, losses)
     drawn[method] = [float(timesteps.min()), float(timesteps.max()), float((weights * losses).mean())]

@@ -9,7 +9,7 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from recipes import JsonDict, check_ranges
-from samplers import ERROR_FILTERS, LOSS_WEIGHTINGS, METHODS, PARTS, TIMESTEP_SAMPLERS
+from samplers import ERROR_FILTERS, LOSS_WEIGHTINGS, METHODS, NOISE_COUPLINGS, PARTS, TIMESTEP_SAMPLERS
 
 from .dit import DEFAULT, PRESETS
 from .output import FOLDERS
@@ -146,10 +146,11 @@ class MethodOptions:
 
     _argument_group_name = "Method"
 
-    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The three below, by name.")
+    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The four below, by name.")
     timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
     loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
     error_filter: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(ERROR_FILTERS)}.")
+    noise_coupling: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(NOISE_COUPLINGS)}.")
     timestep_sampler_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Keyword arguments of the sampler's class, JSON."}
     )

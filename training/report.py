@@ -137,7 +137,8 @@ def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
     rows = {
         "data set": f"`{options.dataset_name}`, {options.resolution}×{options.resolution}: {describe_data(summary)}",
         "method": f"`{options.method}`: timesteps `{method.timestep_sampler}`, "
-        f"loss weighting `{method.loss_weighting}`, error filter `{method.error_filter}`",
+        f"loss weighting `{method.loss_weighting}`, error filter `{method.error_filter}`, "
+        f"noise `{method.noise_coupling}`",
         "budget": ", ".join(f"{name} {value}" for name, value in budgets.items() if value is not None),
         "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
         "network": f"{network_class(options).__name__}, {summary['parameters'] / 1e6:.1f} M parameters"

@@ -1,14 +1,12 @@
 """The random numbers of an update."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from images import ImageDataset
-from samplers import antithetic_randn, fold_seed
+from samplers import NoiseCoupling, fold_seed
 
 
 class StepRandom:
@@ -46,18 +44,17 @@ class StepRandom:
     def inputs(self, batch: torch.Tensor) -> torch.Tensor:
         """float32 [B, C, H, W] what the network is trained on: images, mirrored at random; or latents, drawn at random
         from their posterior."""
-        return self.to_inputs(batch, self.flips(len(batch)), partial(self.noise, antithetic=False))
+        return self.to_inputs(batch, self.flips(len(batch)), lambda shape: self._share(torch.randn, *shape))
 
     def flips(self, count: int) -> torch.Tensor | None:
         """[count] bool, which images to mirror; or None. It draws in either case: the noise must not depend on it."""
         flips = self._share(torch.rand, count) < 0.5
         return flips if self.random_flip else None
 
-    def noise(self, shape: torch.Size, antithetic: bool) -> torch.Tensor:
-        """Gaussian noise of `shape` [B, ...]; `antithetic`: of all processes' batches together, n = B * world_size, the
-        second half is minus the first. So the sampler pairs them, also where B is odd and a pair is on two processes.
-        """
-        return self._share(antithetic_of_any_number if antithetic else torch.randn, *shape)
+    def noise(self, images: torch.Tensor, coupling: NoiseCoupling) -> torch.Tensor:
+        """[B, ...] the noise of images [B, ...]. It is drawn for all processes' batches together, so that opposite
+        noise is where the sampler pairs examples, also where B is odd and a pair is on two processes."""
+        return coupling(images, self._share)
 
     def drop_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B] the labels of a batch, some of them withheld."""
@@ -69,8 +66,3 @@ class StepRandom:
     def _share(self, draw, batch_size: int, *shape: int) -> torch.Tensor:
         numbers = draw(batch_size * self.world_size, *shape, generator=self.generator, device=self.generator.device)
         return numbers[self.rank :: self.world_size]
-
-
-def antithetic_of_any_number(count: int, *shape: int, **options: Any) -> torch.Tensor:
-    """[count, *shape] noise for all processes. An odd number is no fault here: every process draws the same."""
-    return antithetic_randn(count + count % 2, *shape, **options)[:count]

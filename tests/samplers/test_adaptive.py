@@ -15,7 +15,7 @@ from sampler_helpers import (
     uniform_density,
 )
 
-from samplers import antithetic_randn, epsilon_loss_scale, make_timestep_sampler
+from samplers import epsilon_loss_scale, make_timestep_sampler
 
 
 def adaptive(weighting="bell", **options):
@@ -74,6 +74,18 @@ def test_it_is_uniform_until_warmed_up():
             break
     assert step == 100
     assert total_variation(sampler.probabilities, uniform_density()) > 0.1
+
+
+def test_frozen_it_keeps_its_first_estimate():
+    learning, frozen = adaptive("none"), adaptive("none", learn_until=5.0)
+    for sampler in (learning, frozen):
+        train(sampler, falling_loss(T), epochs=20)  # at most one renewal after the warm-up of five
+    first = frozen.probabilities.clone()
+    assert total_variation(first, uniform_density()) > 0.1
+    for sampler in (learning, frozen):
+        train(sampler, falling_loss(T).flip(0), epochs=40)
+    assert torch.equal(frozen.probabilities, first)
+    assert total_variation(learning.probabilities, first) > 0.1
 
 
 def test_it_follows_when_the_losses_change():
@@ -166,20 +178,10 @@ def test_halves_of_a_batch_are_neighbours_in_t_and_in_random_order(batch_size, l
 
 
 def test_pairing_leaves_the_density_alone():
-    paired, single = (adapt(adaptive(antithetic_noise=flag)) for flag in (True, False))
+    paired, single = (adapt(adaptive(noise_coupling=name)) for name in ("antithetic", "independent"))
     for _ in range(5):
         drawn = [sampler.sample(100).timesteps.sort().values for sampler in (paired, single)]
         assert float((drawn[0] - drawn[1]).abs().double().mean()) < 10  # two offsets of the same strides
-
-
-@pytest.mark.parametrize("batch_size", [1, 6, 7])
-def test_antithetic_noise_is_gaussian_and_opposite(batch_size):
-    noise = antithetic_randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert noise.shape == (batch_size, 3, 64, 64)
-    pairs = batch_size // 2
-    assert torch.equal(noise[:pairs], -noise[batch_size - pairs :])
-    assert len(noise.flatten(1).unique(dim=0)) == batch_size  # and nothing else is repeated
-    assert float(noise[0].std()) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -20,6 +20,8 @@ from sampler_helpers import (
 from samplers import (
     LOSS_WEIGHTINGS,
     METHODS,
+    NOISE_COUPLINGS,
+    PARTS,
     TIMESTEP_SAMPLERS,
     AdaptiveSampler,
     UniformSampler,
@@ -55,16 +57,17 @@ def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T)
 @pytest.mark.parametrize("method", METHODS)
 def test_published_methods_are_built_by_name(method):
     sampler = make_timestep_sampler(scheduler(), method, images=random_images())
-    name, weighting, error_filter = METHODS[method]
+    name, weighting, error_filter, noise_coupling = METHODS[method]
     assert type(sampler) is TIMESTEP_SAMPLERS[name]
     assert torch.allclose(sampler.loss_weights.double(), weighting_table(weighting, tables()))
     assert isinstance(sampler.error_filter, WienerFilter) == (error_filter == "wiener")
+    assert sampler.noise_coupling is NOISE_COUPLINGS[noise_coupling]
 
 
 def test_methods_pair_the_rivals_as_published():
-    assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none")
-    assert METHODS["edm2"] == ("uncertainty", "edm", "none")
-    assert METHODS["kim"] == ("kim", "none", "none")
+    assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none", "independent")
+    assert METHODS["edm2"] == ("uncertainty", "edm", "none", "independent")
+    assert METHODS["kim"] == ("kim", "none", "none", "independent")
     assert list(METHODS)[-1] == list(TIMESTEP_SAMPLERS)[-1] == "adaptive"
 
 
@@ -73,7 +76,7 @@ def test_uniform_is_uniform_and_adaptive_begins_so():
         assert torch.allclose(kind(tables()).probabilities, torch.tensor(1e-3))
 
 
-@pytest.mark.parametrize("kind", ["method", "timestep_sampler", "loss_weighting", "error_filter"])
+@pytest.mark.parametrize("kind", ["method", *PARTS])
 def test_unknown_names_are_refused_with_the_known_ones(kind):
     with pytest.raises(ValueError, match=f"{kind} .*'nonsense'"):
         make_timestep_sampler(scheduler(), **{kind: "nonsense"})

@@ -49,7 +49,7 @@ def test_in_float32_draws_have_the_stated_density(without_float64, low_discrepan
 
 
 def test_in_float32_the_last_point_is_not_beyond_the_last_timestep(without_float64, monkeypatch):
-    sampler = make_adapted("uniform", antithetic_noise=False)
+    sampler = make_adapted("uniform")
     rand = torch.rand
     last = torch.tensor(1 - 2**-24)  # the last number below 1, of which torch.rand is capable
     monkeypatch.setattr(torch, "rand", lambda *size, **options: rand(*size, **options) * 0 + last)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from samplers import antithetic_randn, base, make_timestep_sampler
+from samplers import antithetic_randn, base, make_timestep_sampler, noise_coupling
 from training.step_random import StepRandom
 
 SHAPE = (1, 4, 4)
@@ -17,12 +17,13 @@ def on_rank(monkeypatch):
     """What a function returns on a rank of so many."""
 
     def call(function, rank, world_size):
-        monkeypatch.setattr(base, "rank_and_world_size", lambda: (rank, world_size))
+        for module in (base, noise_coupling):
+            monkeypatch.setattr(module, "rank_and_world_size", lambda: (rank, world_size))
         return function(SimpleNamespace(process_index=rank, num_processes=world_size, device=torch.device("cpu")))
 
-    base._warn_of_odd_batch.cache_clear()
+    noise_coupling._warn.cache_clear()
     yield call
-    base._warn_of_odd_batch.cache_clear()
+    noise_coupling._warn.cache_clear()
 
 
 def batch_of(size):
@@ -30,7 +31,7 @@ def batch_of(size):
         sampler = make_timestep_sampler(DDPMScheduler(), "adaptive", loss_weighting="none", error_filter="none")
         random = StepRandom(0, accelerator)
         random.begin(3)
-        return sampler.sample(size).timesteps, random.noise(torch.Size([size, *SHAPE]), antithetic=True)
+        return sampler.sample(size).timesteps, random.noise(torch.zeros(size, *SHAPE), sampler.noise_coupling)
 
     return draw
 
@@ -48,10 +49,14 @@ def test_no_pair_is_lost_in_training(on_rank, batch_size, world_size, caplog):
 
 
 def test_an_odd_batch_whose_pairs_are_lost_is_warned_of_once(on_rank, caplog):
+    def draw(size):
+        sampler = make_timestep_sampler(DDPMScheduler(), "adaptive", loss_weighting="none", error_filter="none")
+        return lambda _: (antithetic_randn(size, *SHAPE), sampler.noise(torch.zeros(size, *SHAPE)))
+
     for rank, world_size, batch_size in ((0, 1, 7), (0, 2, 8), (1, 2, 8)):
-        on_rank(lambda _, size=batch_size: antithetic_randn(size, *SHAPE), rank, world_size)
+        on_rank(draw(batch_size), rank, world_size)
     assert caplog.text == ""
     for _ in range(3):
-        on_rank(lambda _: antithetic_randn(7, *SHAPE), 0, 2)
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["antithetic_randn"]
+        on_rank(draw(7), 0, 2)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["opposite noise in pairs"]
     assert "needs an even batch" in caplog.text
