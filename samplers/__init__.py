@@ -56,7 +56,8 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
 }
 
 LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
+    name: getattr(weightings, name)
+    for name in ["none", "min_snr", "p2", "debiased", "change_aware", "edm", "flow", "cosmap", "bell", "spectral"]
 }
 
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
@@ -84,9 +85,10 @@ METHODS = {  # as published
     "ddpm": Method("uniform"),
     "min_snr": Method("uniform", "min_snr"),
     "p2": Method("uniform", "p2"),
+    "debiased": Method("uniform", "debiased"),
     "speed": Method("speed", "change_aware"),
     "edm": Method("log_normal", "edm"),
-    "logit_normal": Method("logit_normal"),
+    "logit_normal": Method("logit_normal", "flow"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
     "edm2": Method("uncertainty", "edm"),
