@@ -25,17 +25,22 @@ from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
 from .base import ErrorFilter, TimestepBatch, TimestepSampler, antithetic_randn, fold_seed, mean_squares, of_first_rank
+from .beta import BetaSampler
 from .clts import CLTSSampler
+from .curriculum import CurriculumSampler
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
+from .laplace import LaplaceSampler
 from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
+from .mode import ModeSampler
 from .schedule import NoiseSchedule
 from .spectrum import Spectrum
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
+from .uniform_flow import UniformFlowSampler
 from .weightings import epsilon_loss_scale
 from .wiener import WienerFilter
 
@@ -45,7 +50,12 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
     "uniform": UniformSampler,
     "speed": SpeeDSampler,
     "log_normal": LogNormalSampler,
+    "laplace": LaplaceSampler,
     "logit_normal": LogitNormalSampler,
+    "mode": ModeSampler,
+    "uniform_flow": UniformFlowSampler,
+    "curriculum": CurriculumSampler,
+    "beta": BetaSampler,
     "clts": CLTSSampler,
     "loss_second_moment": LossSecondMomentSampler,
     "uncertainty": UncertaintySampler,
@@ -88,7 +98,12 @@ METHODS = {  # as published
     "debiased": Method("uniform", "debiased"),
     "speed": Method("speed", "change_aware"),
     "edm": Method("log_normal", "edm"),
+    "laplace": Method("laplace"),
     "logit_normal": Method("logit_normal", "flow"),
+    "mode": Method("mode", "flow"),
+    "cosmap": Method("uniform_flow", "cosmap"),
+    "curriculum": Method("curriculum", "flow"),
+    "beta": Method("beta"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
     "edm2": Method("uncertainty", "edm"),
@@ -106,19 +121,24 @@ __all__ = [
     "TIMESTEP_SAMPLERS",
     "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
+    "BetaSampler",
     "CLTSSampler",
+    "CurriculumSampler",
     "InfoNoiseSampler",
     "KimSampler",
+    "LaplaceSampler",
     "LogNormalSampler",
     "LogitNormalSampler",
     "LossSecondMomentSampler",
     "Method",
+    "ModeSampler",
     "NoiseSchedule",
     "Spectrum",
     "SpeeDSampler",
     "TimestepBatch",
     "TimestepSampler",
     "UncertaintySampler",
+    "UniformFlowSampler",
     "UniformSampler",
     "WienerFilter",
     "antithetic_randn",
