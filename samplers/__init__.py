@@ -28,6 +28,7 @@ from .base import ErrorFilter, TimestepBatch, TimestepSampler, antithetic_randn,
 from .beta import BetaSampler
 from .clts import CLTSSampler
 from .curriculum import CurriculumSampler
+from .frequency import frequency
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
 from .laplace import LaplaceSampler
@@ -72,6 +73,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
 
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
     "none": lambda schedule, spectrum, device: mean_squares,
+    "frequency": lambda schedule, spectrum, device: frequency,
     "wiener": WienerFilter,
 }
 
@@ -88,7 +90,7 @@ class Method(NamedTuple):
     @property
     def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter != "none"
+        return self.loss_weighting == "spectral" or self.error_filter == "wiener"
 
 
 METHODS = {  # as published
@@ -104,6 +106,7 @@ METHODS = {  # as published
     "cosmap": Method("uniform_flow", "cosmap"),
     "curriculum": Method("curriculum", "flow"),
     "beta": Method("beta"),
+    "frequency": Method("uniform", error_filter="frequency"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
     "edm2": Method("uncertainty", "edm"),

@@ -23,6 +23,8 @@ class WienerFilter:
     loss of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
     The minimiser is E[eps | x_t], as ever, since all v_i are positive.
 
+    Its nearest relative is k-diffusion's loss, the filter `frequency`: fixed counts by frequency, the same at every t.
+
     Args:
         schedule: the `NoiseSchedule`.
         spectrum: the data's `Spectrum`.
