@@ -21,7 +21,7 @@ class CurriculumSampler(LogitNormalSampler):
     of its 150,000 on CIFAR-10, as a public repository quotes them. A run of another length needs another number.
 
     Args:
-        num_updates: of the first phase.
+        num_updates: of the first phase, 0 or more.
         m, s: location and scale of the first phase, as `logit_normal`'s.
     """
 
@@ -35,6 +35,8 @@ class CurriculumSampler(LogitNormalSampler):
         s: float = 1.0,
         **options: Any,
     ) -> None:
+        if num_updates < 0:
+            raise ValueError(f"num_updates must not be negative, as {num_updates} is")
         self.num_updates = num_updates
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
 

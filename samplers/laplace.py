@@ -15,11 +15,12 @@ class LaplaceSampler(NoiseLevelSampler):
     sgn(1/2 - t) ln(1 - 2 |t - 1/2|) for t uniform in (0, 1), which draws the same noise levels.
 
     The paper's loss is the plain one of what the network predicts: with eps that is `none`. Its best result is with v,
-    whose plain loss has the weight 1 / abar_t on that of eps.
+    whose plain loss has the weight 1 / abar_t on that of eps. (No code by the authors was found, and of the text a
+    summary was at hand, with these formulas and numbers.)
 
     Args:
         mu: location, in log-SNR; above 0 is less noise than signal.
-        b: scale; the paper's for images of 256 x 256 pixels (0.75 for 512 x 512).
+        b: scale, positive; the paper's for images of 256 x 256 pixels (0.75 for 512 x 512).
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class LaplaceSampler(NoiseLevelSampler):
         b: float = 0.5,
         **options: Any,
     ) -> None:
+        if not b > 0:
+            raise ValueError(f"b must be positive, not {b}")
         self.mu, self.b = mu, b
         super().__init__(schedule, loss_weights, **options)
 

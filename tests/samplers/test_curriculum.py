@@ -36,3 +36,8 @@ def test_a_resumed_run_may_switch_sooner():
     short = make_sampler("curriculum", num_updates=10)
     short.load_state_dict(long.state_dict())
     assert torch.equal(short.probabilities, make_sampler("uniform_flow").probabilities)
+
+
+def test_a_negative_number_of_updates_is_refused():
+    with pytest.raises(ValueError, match="num_updates must not be negative, as -1 is"):
+        make_sampler("curriculum", num_updates=-1)
