@@ -27,12 +27,17 @@ from . import weightings
 from .adaptive import AdaptiveSampler
 from .adaptive_log_snr import AdaptiveLogSNRSampler
 from .base import ErrorFilter, TimestepBatch, TimestepSampler, fold_seed, mean_squares
+from .beta import BetaSampler
 from .clts import CLTSSampler
+from .curriculum import CurriculumSampler
+from .frequency import frequency
 from .info_noise import InfoNoiseSampler
 from .kim import KimSampler
+from .laplace import LaplaceSampler
 from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
+from .mode import ModeSampler
 from .noise_coupling import NoiseCoupling, antithetic, antithetic_randn, immiscible, independent
 from .processes import of_first_rank
 from .schedule import NoiseSchedule, epsilon_loss_scale
@@ -40,6 +45,7 @@ from .spectrum import Spectrum
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
 from .uniform import UniformSampler
+from .uniform_flow import UniformFlowSampler
 from .wiener import WienerFilter
 
 __version__ = "0.1.0"
@@ -48,7 +54,12 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
     "uniform": UniformSampler,
     "speed": SpeeDSampler,
     "log_normal": LogNormalSampler,
+    "laplace": LaplaceSampler,
     "logit_normal": LogitNormalSampler,
+    "mode": ModeSampler,
+    "uniform_flow": UniformFlowSampler,
+    "curriculum": CurriculumSampler,
+    "beta": BetaSampler,
     "clts": CLTSSampler,
     "loss_second_moment": LossSecondMomentSampler,
     "uncertainty": UncertaintySampler,
@@ -59,11 +70,13 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
 }
 
 LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(weightings, name) for name in ("none", "min_snr", "p2", "change_aware", "edm", "bell", "spectral")
+    name: getattr(weightings, name)
+    for name in ["none", "min_snr", "p2", "debiased", "change_aware", "edm", "flow", "cosmap", "bell", "spectral"]
 }
 
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
     "none": lambda schedule, spectrum, device: mean_squares,
+    "frequency": lambda schedule, spectrum, device: frequency,
     "wiener": WienerFilter,
     "wiener_ode": partial(WienerFilter, exponent=1.0),
 }
@@ -93,16 +106,23 @@ class Method(NamedTuple):
     @property
     def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter != "none"
+        return self.loss_weighting == "spectral" or self.error_filter == "wiener"
 
 
 METHODS = {  # as published
     "ddpm": Method("uniform"),
     "min_snr": Method("uniform", "min_snr"),
     "p2": Method("uniform", "p2"),
+    "debiased": Method("uniform", "debiased"),
     "speed": Method("speed", "change_aware"),
     "edm": Method("log_normal", "edm"),
-    "logit_normal": Method("logit_normal"),
+    "laplace": Method("laplace"),
+    "logit_normal": Method("logit_normal", "flow"),
+    "mode": Method("mode", "flow"),
+    "cosmap": Method("uniform_flow", "cosmap"),
+    "curriculum": Method("curriculum", "flow"),
+    "beta": Method("beta"),
+    "frequency": Method("uniform", error_filter="frequency"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
     "edm2": Method("uncertainty", "edm"),
@@ -122,19 +142,24 @@ __all__ = [
     "TIMESTEP_SAMPLERS",
     "AdaptiveLogSNRSampler",
     "AdaptiveSampler",
+    "BetaSampler",
     "CLTSSampler",
+    "CurriculumSampler",
     "InfoNoiseSampler",
     "KimSampler",
+    "LaplaceSampler",
     "LogNormalSampler",
     "LogitNormalSampler",
     "LossSecondMomentSampler",
     "Method",
+    "ModeSampler",
     "NoiseSchedule",
     "Spectrum",
     "SpeeDSampler",
     "TimestepBatch",
     "TimestepSampler",
     "UncertaintySampler",
+    "UniformFlowSampler",
     "UniformSampler",
     "WienerFilter",
     "antithetic_randn",

@@ -1,6 +1,6 @@
 """SpeeD (Wang et al. 2024, arXiv 2405.17403): draw the nearly converged noisy end less often."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,9 +11,9 @@ from .schedule import NoiseSchedule
 class SpeeDSampler(TimestepSampler):
     """p_t = k / Z for t < tau and 1 / Z above; half of a batch is the mirror image of the other half.
 
-    tau is where the process "converges": sqrt(1 - abar_t), the noise's standard deviation, rises by less than 1e-4 a
-    timestep from there on (for T = 1000; 0.1 / T in general). The mirror image of t is tau - t below tau and t - tau
-    above it, as in the authors' code, so the density that results (`probabilities`) is not k : 1 exactly.
+    The mirror image of t is m - t below m and t - m above it, as in the authors' code, so the density that results
+    (`probabilities`) is not k : 1 exactly. tau and m are those of `boundaries`. In the authors' batches of n, n / 2 + 1
+    are drawn and n / 2 - 1 are their mirror images.
     The density changes the objective: w_t is the loss weighting alone (the paper's is `change_aware`).
 
     Args:
@@ -31,8 +31,8 @@ class SpeeDSampler(TimestepSampler):
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         t = torch.arange(schedule.num_train_timesteps)
-        tau = convergence_boundary(schedule, "timestep sampler 'speed'")
-        self._mirror = torch.where(t < tau, tau - t, t - tau).to(self.device)
+        tau, m = boundaries(schedule, "timestep sampler 'speed'")
+        self._mirror = torch.where(t < m, m - t, t - m).to(self.device)
         return torch.where(t < tau, self.k, 1.0)
 
     def _set_density(self, density):
@@ -49,12 +49,25 @@ class SpeeDSampler(TimestepSampler):
         return torch.cat([half, self._mirror[half]])
 
 
-def convergence_boundary(schedule: NoiseSchedule, needed_by: str) -> int:
-    """tau: the first timestep from which d sqrt(1 - abar_t) / dt stays under 0.1 / T.
+class Boundaries(NamedTuple):
+    """Where density and weights change, and where timesteps are mirrored."""
+
+    tau: int
+    mirror: int
+
+
+def boundaries(schedule: NoiseSchedule, needed_by: str) -> Boundaries:
+    """The first timestep from which sqrt(1 - abar_t), the noise's standard deviation, rises by less than 0.1 / T.
+
+    That is the paper's rule, 1e-4 for its T = 1000, and both boundaries are the same timestep: 641 on DDPM's schedule.
+    The authors' code has others there, which are taken over for that schedule: tau is set to 700 in its configurations
+    (github.com/NUS-HPC-AI-Lab/SpeeD), and what the rule finds there, plus one, mirrors alone.
 
     Raises:
         ValueError: there is no such timestep; the message names `needed_by`.
     """
+    if is_ddpms(schedule):
+        return Boundaries(tau=700, mirror=642)
     T = schedule.num_train_timesteps
     slope = torch.gradient((1 - schedule.alphas_cumprod).sqrt())[0]
     rising = slope >= 0.1 / T
@@ -64,4 +77,11 @@ def convergence_boundary(schedule: NoiseSchedule, needed_by: str) -> int:
             f"{float(slope.max()) * T:.3g} / T and at the last timestep by {float(slope[-1]) * T:.3g} / T, so SpeeD's "
             "boundary tau, where that falls under 0.1 / T, does not exist"
         )
-    return int(rising.nonzero().max()) + 1
+    tau = int(rising.nonzero().max()) + 1
+    return Boundaries(tau, mirror=tau)
+
+
+def is_ddpms(schedule: NoiseSchedule) -> bool:
+    """Whether it is DDPM's own (arXiv 2006.11239, section 4): beta from 1e-4 to 0.02 in 1000 equal steps."""
+    ddpms = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    return len(ddpms) == schedule.num_train_timesteps and torch.allclose(schedule.alphas_cumprod, ddpms, rtol=1e-3)

@@ -9,7 +9,7 @@ import torch
 
 from .schedule import NoiseSchedule
 from .spectrum import for_each_timestep
-from .speed import convergence_boundary
+from .speed import boundaries
 
 
 def none(schedule: NoiseSchedule) -> torch.Tensor:
@@ -29,12 +29,12 @@ def p2(schedule: NoiseSchedule, k: float = 1.0, gamma: float = 1.0) -> torch.Ten
 
 def change_aware(schedule: NoiseSchedule, ceiling: float = 0.6) -> torch.Tensor:
     """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
-    from [min, max] to [1 - ceiling, ceiling] below the boundary tau; 1 above it."""
-    tau = convergence_boundary(schedule, "loss_weighting 'change_aware'")
+    from [min, max] over all t to [1 - ceiling, ceiling], below the boundary tau; 1 from there on."""
+    tau = boundaries(schedule, "loss_weighting 'change_aware'").tau
     change = -schedule.alphas_cumprod_slope
-    low, high = change[:tau].min(), change[:tau].max()
-    weights = torch.ones_like(change)
-    weights[:tau] = (1 - ceiling) + (2 * ceiling - 1) * (change[:tau] - low) / (high - low)
+    low, high = change.min(), change.max()
+    weights = (1 - ceiling) + (2 * ceiling - 1) * (change - low) / (high - low)
+    weights[tau:] = 1
     return weights
 
 
@@ -42,6 +42,30 @@ def edm(schedule: NoiseSchedule, sigma_data: float = 0.5) -> torch.Tensor:
     """c_t = 1 + (sigma_t / sigma_data)^2: EDM's (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2 on the loss of the
     denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss."""
     return 1 + (schedule.sigma / sigma_data) ** 2
+
+
+def debiased(schedule: NoiseSchedule) -> torch.Tensor:
+    """c_t = 1 / sqrt(snr_t): "Debias the Training of Diffusion Models" (arXiv 2310.08442, for eps-prediction)."""
+    return schedule.sigma
+
+
+def flow(schedule: NoiseSchedule) -> torch.Tensor:
+    """c_t = (1 + sigma_t)^2: the plain loss of a straight flow's velocity (arXiv 2209.03003; SD3, 2403.03206).
+
+    At its time s, x = (1 - s) x_0 + s eps and v = eps - x_0. With x given, (1 - s) dx_0 = -s d eps, so an error in v is
+    one in eps: dv = d eps / (1 - s). A timestep has the noise level of s where sigma_t = s / (1 - s), and there
+    1 / (1 - s) = 1 + sigma_t. How much a noise level counts in all is this times the density, of s and not of t.
+    """
+    return (1 + schedule.sigma) ** 2
+
+
+def cosmap(schedule: NoiseSchedule) -> torch.Tensor:
+    """c_t = 2 / (pi (1 - 2 s + 2 s^2)) on the loss of `flow`: SD3's CosMap (arXiv 2403.03206, eq. 21), as a weighting.
+
+    With s = sigma_t / (1 + sigma_t) that is c_t = 2 (1 + sigma_t)^4 / (pi (1 + sigma_t^2)). The paper has it as the
+    density of s at which the angle arctan(sigma) is uniform; diffusers has it as a weighting, of draws uniform in s.
+    """
+    return 2 / torch.pi * (1 + schedule.sigma) ** 4 / (1 + schedule.sigma**2)
 
 
 def bell(schedule: NoiseSchedule, k: float = 2.0) -> torch.Tensor:

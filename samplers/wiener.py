@@ -27,6 +27,8 @@ class WienerFilter:
     of the weight, which trains far worse.
     The minimiser is E[eps | x_t], as ever, since all v_i are positive.
 
+    Its nearest relative is k-diffusion's loss, the filter `frequency`: fixed counts by frequency, the same at every t.
+
     Args:
         schedule: the `NoiseSchedule`.
         spectrum: the data's `Spectrum`.

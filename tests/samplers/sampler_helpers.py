@@ -58,6 +58,18 @@ def normal_mass(schedule, T):
     return np.diff(norm.cdf(log_sigma_edges(schedule, T), loc=-1.2, scale=1.2))
 
 
+def nearest_timesteps(log_sigma, schedule, T):
+    """[n] int64 the timesteps whose noise levels are nearest, of continuous draws that lie in the schedule's range."""
+    log_sigma, edges = np.asarray(log_sigma), log_sigma_edges(schedule, T)
+    inside = log_sigma[(log_sigma > edges[0]) & (log_sigma < edges[-1])]
+    return torch.from_numpy(np.searchsorted(edges, inside) - 1)
+
+
+def assert_drawn_from(probabilities, timesteps):
+    statistic, dof = chi_square(timesteps, probabilities)
+    assert statistic < dof + 5 * (2 * dof) ** 0.5
+
+
 def falling_loss(T):
     """[T] a mean loss as training shows it: large at the clean end, small at the noisy end."""
     return 0.02 + torch.exp(-5 * torch.arange(T) / T)

