@@ -106,7 +106,7 @@ class Method(NamedTuple):
     @property
     def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter == "wiener"
+        return self.loss_weighting == "spectral" or self.error_filter.startswith("wiener")
 
 
 METHODS = {  # as published

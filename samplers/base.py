@@ -128,7 +128,7 @@ class TimestepSampler:
         self.num_draws += 1
         drawn = self._draw(batch_size * world_size, generator)
         order = self._random_order(len(drawn), generator)
-        timesteps = drawn[order[: batch_size * world_size][rank::world_size]]
+        timesteps = drawn[order[rank::world_size]]
         return TimestepBatch(timesteps, self._weights[timesteps])
 
     def _random_order(self, count, generator):
@@ -240,7 +240,7 @@ class TimestepSampler:
         self._weights = self.weights
 
     def _draw(self, num_draws, generator):
-        """[num_draws] timesteps (or more, of which a random choice is kept), by the inverse CDF, in rising order."""
+        """[num_draws] timesteps by the inverse CDF, in rising order."""
         options = {"generator": generator, "device": self.device, "dtype": self._cdf.dtype}
         if self.low_discrepancy:
             points = (torch.arange(num_draws, device=self.device) + torch.rand(1, **options)) / num_draws

@@ -46,7 +46,9 @@ class SpeeDSampler(TimestepSampler):
 
     def _draw(self, num_draws, generator):
         half = super()._draw((num_draws + 1) // 2, generator)
-        return torch.cat([half, self._mirror[half]])
+        both = torch.cat([half, self._mirror[half]])
+        kept = torch.rand(len(both), generator=generator, device=self.device).argsort()[:num_draws]
+        return both[kept].sort().values
 
 
 class Boundaries(NamedTuple):
