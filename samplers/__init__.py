@@ -77,7 +77,8 @@ class Method(NamedTuple):
     @property
     def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter != "none"
+        needs_variance = TIMESTEP_SAMPLERS[self.timestep_sampler].needs_data_variance
+        return self.loss_weighting == "spectral" or self.error_filter != "none" or needs_variance
 
 
 METHODS = {  # as published
@@ -89,7 +90,7 @@ METHODS = {  # as published
     "logit_normal": Method("logit_normal"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
-    "edm2": Method("uncertainty", "edm"),
+    "edm2": Method("uncertainty"),  # which learns its weighting
     "adaptive_log_snr": Method("adaptive_log_snr"),
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
@@ -145,7 +146,8 @@ def make_timestep_sampler(
         noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`.
         method: a key of `METHODS`.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
-            `spectral` and the filter `wiener`, which are those of the method `adaptive`.
+            `spectral` and the filter `wiener`, which are those of the method `adaptive`, and by the sampler
+            `info_noise`.
         device: where to draw; the training device.
         options: `timestep_sampler`, `loss_weighting` and `error_filter`, keys of `PARTS`' registries, in place of the
             method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`, `uniform_fraction`, ...).
@@ -161,8 +163,9 @@ def make_timestep_sampler(
     if parts.needs_images:
         if images is None:
             raise ValueError(
-                f"loss_weighting {parts.loss_weighting!r} with error_filter {parts.error_filter!r} needs `images`, "
-                "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
+                f"timestep_sampler {parts.timestep_sampler!r} with loss_weighting {parts.loss_weighting!r} with "
+                f"error_filter {parts.error_filter!r} needs `images`, a batch or more of the training data: "
+                "make_timestep_sampler(..., images=next(iter(dataloader)))"
             )
         spectrum = of_first_rank(Spectrum.of(images))
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
@@ -173,8 +176,11 @@ def make_timestep_sampler(
         "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
         "device": device,
     }
+    sampler_class = TIMESTEP_SAMPLERS[parts.timestep_sampler]
+    if sampler_class.needs_data_variance:
+        fixed["data_variance"] = float(spectrum.variances.mean())
     try:
-        return TIMESTEP_SAMPLERS[parts.timestep_sampler](noise_scheduler, loss_weights, **fixed, **options)
+        return sampler_class(noise_scheduler, loss_weights, **fixed, **options)
     except TypeError as error:
         raise ValueError(f"options {options} of timestep_sampler {parts.timestep_sampler!r}: {error}") from error
 

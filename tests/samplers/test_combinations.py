@@ -63,7 +63,7 @@ def test_published_methods_are_built_by_name(method):
 
 def test_methods_pair_the_rivals_as_published():
     assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none")
-    assert METHODS["edm2"] == ("uncertainty", "edm", "none")
+    assert METHODS["info_noise"] == ("info_noise", "edm", "none")
     assert METHODS["kim"] == ("kim", "none", "none")
     assert list(METHODS)[-1] == list(TIMESTEP_SAMPLERS)[-1] == "adaptive"
 
