@@ -137,7 +137,7 @@ def train_step(
             state.meter.add_losses(timesteps[part], weighted_losses.detach(), mean_squares(errors.detach()))
             if accelerator.sync_gradients:
                 grad_norm = full_tensor(accelerator.clip_grad_norm_(network.parameters(), state.max_grad_norm))
-                state.meter.add_gradient_norm(grad_norm)
+                state.meter.add_gradient_norm(grad_norm, state.max_grad_norm)
                 state.guard.observe(grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -106,7 +106,8 @@ class Method(NamedTuple):
     @property
     def needs_images(self) -> bool:
         """Whether a part is made from the data's spectrum."""
-        return self.loss_weighting == "spectral" or self.error_filter.startswith("wiener")
+        needs_spectrum = self.loss_weighting == "spectral" or self.error_filter.startswith("wiener")
+        return needs_spectrum or TIMESTEP_SAMPLERS[self.timestep_sampler].needs_data_variance
 
 
 METHODS = {  # as published
@@ -125,7 +126,7 @@ METHODS = {  # as published
     "frequency": Method("uniform", error_filter="frequency"),
     "clts": Method("clts"),
     "loss_second_moment": Method("loss_second_moment"),
-    "edm2": Method("uncertainty", "edm"),
+    "edm2": Method("uncertainty"),  # which learns its weighting
     "adaptive_log_snr": Method("adaptive_log_snr"),
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
@@ -189,7 +190,8 @@ def make_timestep_sampler(
         noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`.
         method: a key of `METHODS`.
         images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
-            `spectral` and the filter `wiener`, which are those of the method `adaptive`.
+            `spectral` and the filter `wiener`, which are those of the method `adaptive`, and by the sampler
+            `info_noise`.
         prediction_type: of the network, "epsilon", "v_prediction" or "sample"; by default what the noise scheduler's
             config says, and "epsilon" where it says nothing. It matters to the density of `adaptive`.
         device: where to draw; the training device.
@@ -210,8 +212,9 @@ def make_timestep_sampler(
     if parts.needs_images:
         if images is None:
             raise ValueError(
-                f"loss_weighting {parts.loss_weighting!r} with error_filter {parts.error_filter!r} needs `images`, "
-                "a batch or more of the training data: make_timestep_sampler(..., images=next(iter(dataloader)))"
+                f"timestep_sampler {parts.timestep_sampler!r} with loss_weighting {parts.loss_weighting!r} with "
+                f"error_filter {parts.error_filter!r} needs `images`, a batch or more of the training data: "
+                "make_timestep_sampler(..., images=next(iter(dataloader)))"
             )
         spectrum = of_first_rank(Spectrum.of(images))
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
@@ -224,8 +227,11 @@ def make_timestep_sampler(
         "prediction_type": prediction_type,
         "device": device,
     }
+    sampler_class = TIMESTEP_SAMPLERS[parts.timestep_sampler]
+    if sampler_class.needs_data_variance:
+        fixed["data_variance"] = float(spectrum.variances.mean())
     try:
-        return TIMESTEP_SAMPLERS[parts.timestep_sampler](noise_scheduler, loss_weights, **fixed, **options)
+        return sampler_class(noise_scheduler, loss_weights, **fixed, **options)
     except TypeError as error:
         raise ValueError(f"options {options} of timestep_sampler {parts.timestep_sampler!r}: {error}") from error
 

@@ -18,9 +18,12 @@ class AdaptiveLogSNRSampler(LossAwareSampler):
     least gradient variance is at its square root.
 
     Where this departs from the paper: no code by the authors was found. The number of bins and the average's rate of
-    0.999 a draw are those of a public port (ddm_dynamical's `BinarizedScheduler`, which cites the paper); the range of
-    lambda is the noise schedule's own; p is constant within a bin, begins as if every loss were 1, an untrained
-    network's, and is mixed with a little uniform, so that no weight is without bound. The paper's loss weightings (of
+    0.999 a draw are those of a public port (ddm_dynamical's `BinarizedScheduler`, which cites the paper). There the
+    average is of the weighted loss and starts at 1, of which 0.999^n is left after n losses in a bin: more than a loss
+    of 0.003 at the noisy end until the bin has seen some 6,000, so that a short run hardly leaves uniform. Here the
+    average is of the loss, which the weighting is multiplied to, and is corrected for its start as Adam's are: divided
+    by 1 - 0.999^n. A bin without a loss yet has the mean over all others'. The range of lambda is the noise schedule's
+    own, and p is mixed with a little uniform, so that no weight is without bound. The paper's loss weightings (of
     lambda, monotonic) are not part of the density: pass them as `loss_weights`.
 
     Args:
@@ -31,7 +34,7 @@ class AdaptiveLogSNRSampler(LossAwareSampler):
     """
 
     corrects_for_density = True
-    state_names = (*LossAwareSampler.state_names, "bin_losses")
+    state_names = (*LossAwareSampler.state_names, "averages")
 
     def __init__(
         self,
@@ -55,25 +58,23 @@ class AdaptiveLogSNRSampler(LossAwareSampler):
         low, high = log_snr.aminmax()
         bins = ((log_snr - low) / (high - low) * self.num_bins).long().clamp_(max=self.num_bins - 1)
         self._bins = bins.to(self.device)
-        self._width = self._table(torch.gradient(log_snr)[0].abs())  # |dlambda/dt|
-        every_loss_is_one = torch.ones(2, schedule.num_train_timesteps, device=self.device)
-        self.bin_losses = self._bin_means(every_loss_is_one)[0]
+        self.averages = torch.zeros(2, self.num_bins, device=self.device)  # of losses, and of 1: 1 - ema_rate^n
         return self._density()
 
-    def _bin_means(self, pending):
-        """[num_bins] the mean weighted loss, per unit of lambda, and the number of losses."""
-        losses, draws = torch.zeros(2, self.num_bins, device=self.device)
-        losses.index_add_(0, self._bins, self.loss_weights / self._width * pending[0])
-        draws.index_add_(0, self._bins, pending[1])
-        return losses / draws.clamp_min(1.0), draws
+    def expected_loss(self) -> torch.Tensor:
+        """[T] the current estimate of E[L_t], its bin's; before any loss 1, as of an untrained network."""
+        losses, share = self.averages
+        overall = torch.where(share.sum() > 0, losses.sum() / share.sum(), 1.0)
+        return torch.where(share > 0, losses / share, overall)[self._bins]
 
     def _renew(self, pending):
-        means, draws = self._bin_means(pending)
-        self.bin_losses = torch.lerp(means, self.bin_losses, self.ema_rate**draws)
+        losses, draws = torch.zeros_like(self.averages).index_add_(1, self._bins, pending)
+        means = torch.stack([losses / draws.clamp_min(1.0), torch.ones_like(losses)])
+        self.averages = torch.lerp(means, self.averages, self.ema_rate**draws)
         self._set_density(self._density())
 
     def _density(self):
         T, f = self.num_train_timesteps, self.uniform_fraction
-        density = self.bin_losses[self._bins] * self._width
+        density = self.loss_weights * self.expected_loss()
         total = density.sum()
         return (1 - f) * torch.where(total > 0, density / total, 1 / T) + f / T

@@ -64,6 +64,7 @@ class TimestepSampler:
     """
 
     corrects_for_density: bool = False
+    needs_data_variance: bool = False  # whether its class takes `data_variance`, of the images' pixels
     measures_model: bool = False  # whether `before_update` and `after_update` run the network, without gradients
     state_names: tuple[str, ...] = ()  # what a subclass learns, tensors and numbers: saved and restored
 
@@ -191,12 +192,16 @@ class TimestepSampler:
 
         Raises:
             ValueError: the state is of another kind of sampler, another number of timesteps, or another loss weighting,
-                error filter, image shape or noise schedule; nothing is changed.
+                error filter, image shape or noise schedule, or lacks what the sampler learned; nothing is changed.
         """
         known = {name: own for name, own in self._parts().items() if name in state}
         for name, own in (self._kind() | known).items():
             if state.get(name) != own:
                 raise ValueError(f"cannot load this timestep sampler state: its {name} is {state.get(name)}, not {own}")
+        if missing := [name for name in self.state_names if name not in state]:
+            raise ValueError(
+                f"cannot load this timestep sampler state: it is of an earlier version, without {', '.join(missing)}"
+            )
         if "loss_weights" in state:
             self._restore_objective(state)
         elif self.made_of.get("image_shape", True):  # or not known

@@ -13,20 +13,26 @@ from .schedule import NoiseSchedule
 
 class UncertaintySampler(LossAwareSampler, LogNormalSampler):
     """L(D; sigma) = lambda(sigma) / e^u(sigma) ‖D - y‖^2 + u(sigma), minimised over the network and over u, with
-    lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 and log sigma ~ N(P_mean, P_std^2). Touches both:
-    p_t is the log-normal, w_t = c_t / e^u(sigma_t).
+    log sigma ~ N(P_mean, P_std^2). Touches both: p_t is the log-normal, w_t = c_t / e^u(sigma_t).
 
-    On the loss of the noise, ‖D - y‖^2 = sigma^2 ‖eps - eps_theta‖^2, so lambda becomes c_t = 1 + (sigma/sigma_data)^2,
-    the loss weighting `edm`. At the minimum e^u = c_t E[L_t]: every noise level contributes 1 wherever it is drawn, and
-    which c_t was given no longer matters. u is linear in 128 random Fourier features of log(sigma) / 4, as in the
-    authors' code (github.com/NVlabs/edm2), and trained by Adam with betas (0.9, 0.99) at rate 0.01, as there.
+    On the loss of the noise, ‖D - y‖^2 = sigma^2 ‖eps - eps_theta‖^2 = sigma^2 L_t, so c_t = sigma^2 lambda. At the
+    minimum e^u = c_t E[L_t]: every noise level contributes 1 wherever it is drawn, and which c_t was given no longer
+    matters. It matters for the way there. The paper's lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 makes
+    the loss of its untrained network 1 at every noise level, so that u may start at 0. For a network that predicts the
+    noise it is c_t = 1 that does so, the loss weighting `none`, which the method `edm2` therefore has. With the paper's
+    lambda, c_t = 1 + (sigma/sigma_data)^2, the loss weighting `edm`, it starts at up to 1e5 at the noisy end, and until
+    u has followed, rare draws there rule the gradient, and above all a clipped one.
+
+    u is linear in 128 random Fourier features of log(sigma) / 4, as in the authors' code (github.com/NVlabs/edm2), and
+    trained by Adam with betas (0.9, 0.99) at rate 0.01, as there.
 
     P_mean = -0.8 and P_std = 1.6 are the paper's for pixels (ImageNet-64); for latents it has -0.4 and 1.0.
 
     Where this departs from that code:
+    - lambda, as said; for a network that predicts v the loss weighting `edm` comes closest to the paper's;
     - u has a weight vector of its own rather than one of the network's parameters, starts at 0 rather than at a random
-      function, and its weights are not normalised to unit length, because c_t E[L_t] spans more octaves on a discrete
-      schedule without the paper's preconditioning than such a u can follow;
+      function, and its weights are not normalised to unit length, because E[L_t] comes to span more octaves than such a
+      u can follow: without the paper's preconditioning, it is far below 1 at the noisy end;
     - its rate neither ramps up nor decays with the network's;
     - as many steps as there were updates are made on the pooled losses at each renewal, so that all processes learn
       the same u;

@@ -40,7 +40,8 @@ def change_aware(schedule: NoiseSchedule, ceiling: float = 0.6) -> torch.Tensor:
 
 def edm(schedule: NoiseSchedule, sigma_data: float = 0.5) -> torch.Tensor:
     """c_t = 1 + (sigma_t / sigma_data)^2: EDM's (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2 on the loss of the
-    denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss."""
+    denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss. Of a network that predicts v,
+    which is EDM's with sigma_data = 1, it is the v-loss times (1 + (sigma / sigma_data)^2) / (1 + sigma^2)."""
     return 1 + (schedule.sigma / sigma_data) ** 2
 
 

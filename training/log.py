@@ -90,14 +90,15 @@ class TrainingLog:
             FloatingPointError: too many updates in a row were not finite.
         """
         state = self.state
-        loss, grad_norm, loss_by_timestep = state.meter.read(self.accelerator)
+        means = state.meter.read(self.accelerator)
         seconds = state.clock.seconds("train")
         rate = (state.images - self.images) / max(seconds - self.seconds, 1e-9)
         self.images, self.seconds = state.images, seconds
         scalars = {
-            "loss": loss,
+            "loss": means.loss,
             "lr": state.lr_scheduler.get_last_lr()[0],
-            "grad_norm": grad_norm,
+            "grad_norm": means.grad_norm,
+            "grad_norm_clipped": means.grad_norm_clipped,
             "images_per_second": round(rate, 2),
             "skipped_updates": state.guard.check(),
             "skipped_images": skipped_images,
@@ -105,11 +106,11 @@ class TrainingLog:
         if skipped_images > self.skipped_images:
             logger.warning(f"step {state.step:,}: {skipped_images:,} unreadable images so far; others took their place")
         self.skipped_images = skipped_images
-        self._show(loss, rate)
+        self._show(means.loss, rate)
         self.last_record = self.add(
             scalars,
             tracked={"images": state.images, "train_seconds": seconds},
-            loss_by_timestep=loss_by_timestep,
+            loss_by_timestep=means.loss_by_timestep,
             density=by_bin(state.sampler.probabilities),
             weight=by_bin(state.sampler.weights),
             last=last,

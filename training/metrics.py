@@ -1,13 +1,25 @@
 """What a run measures of itself on its way, on the device until somebody asks."""
 
+from typing import NamedTuple
+
 import torch
 from accelerate import Accelerator
 
 NUM_BINS = 20  # of timesteps, in the log
 
 
+class Means(NamedTuple):
+    """What was measured since the last time, over all processes; None where nothing was added."""
+
+    loss: float | None  # weighted
+    grad_norm: float | None
+    grad_norm_clipped: float | None  # share of the updates
+    loss_by_timestep: list[float | None]  # [bins] of epsilon-losses
+
+
 class LossMeter:
-    """Running sums of the loss, its gradient's norm, and the loss by timestep bin; on the device until read.
+    """Running sums of the loss, its gradient's norm and how often that is clipped, and the loss by timestep bin; on the
+    device until read.
 
     Args:
         num_train_timesteps: T.
@@ -19,6 +31,7 @@ class LossMeter:
         self.bin_of_timestep = bin_of_timestep(num_train_timesteps, self.num_bins).to(device)
         self.loss = torch.zeros(2, device=device)  # sum of weighted losses, number of examples
         self.norm = torch.zeros(2, device=device)  # sum of gradient norms, number of updates
+        self.clipped = torch.zeros(2, device=device)  # number of updates clipped, number of updates
         self.bins = torch.zeros(2, self.num_bins, device=device)  # sum of epsilon-losses, number of examples
 
     def add_losses(self, timesteps: torch.Tensor, losses: torch.Tensor, epsilon_losses: torch.Tensor) -> None:
@@ -30,24 +43,25 @@ class LossMeter:
         self.bins[0].index_add_(0, bins, torch.where(finite, epsilon_losses, 0.0))
         self.bins[1].index_add_(0, bins, finite.float())
 
-    def add_gradient_norm(self, norm: torch.Tensor) -> None:
-        """norm: 0-d tensor, before clipping."""
+    def add_gradient_norm(self, norm: torch.Tensor, max_norm: float) -> None:
+        """norm: 0-d tensor, before it is clipped to max_norm. One that is not finite is left out."""
         finite = norm.isfinite()
         self.norm += torch.stack([torch.where(finite, norm, 0.0), finite.float()])
+        self.clipped += torch.stack([finite & (norm > max_norm), finite])
 
-    def read(self, accelerator: Accelerator) -> tuple[float | None, float | None, list[float | None]]:
-        """(mean weighted loss, mean gradient norm, [bins] mean epsilon-losses) over all processes since the last
-        call; None where nothing was added. Waits for the device."""
-        sums = torch.cat([torch.stack([self.loss, self.norm], dim=1), self.bins], dim=1)
+    def read(self, accelerator: Accelerator) -> Means:
+        """The means since the last call. Waits for the device."""
+        sums = torch.cat([torch.stack([self.loss, self.norm, self.clipped], dim=1), self.bins], dim=1)
         totals, counts = accelerator.reduce(sums, "sum").tolist()
-        loss, norm, *bins = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
-        for sums in (self.loss, self.norm, self.bins):
+        means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+        loss, norm, clipped, *bins = means
+        for sums in (self.loss, self.norm, self.clipped, self.bins):
             sums.zero_()
-        return loss, norm, [None if value is None else round(value, 6) for value in bins]
+        return Means(loss, norm, clipped, [None if value is None else round(value, 6) for value in bins])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The sums, on the CPU."""
-        return {name: getattr(self, name).cpu().clone() for name in ("loss", "norm", "bins")}
+        return {name: getattr(self, name).cpu().clone() for name in ("loss", "norm", "clipped", "bins")}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the sums."""

@@ -96,8 +96,8 @@ class ValidationLoss:
         share = torch.arange(accelerator.process_index, NUM_EXAMPLES, accelerator.num_processes)
         for numbers in share.split(self.batch_size):
             meter.add_losses(*self._losses(denoiser, numbers))
-        loss, _, loss_by_timestep = meter.read(accelerator)
-        return loss, loss_by_timestep
+        means = meter.read(accelerator)
+        return means.loss, means.loss_by_timestep
 
     def _losses(self, denoiser: Denoiser, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(timesteps [B], losses [B], losses [B]) of the examples of these numbers."""

@@ -75,6 +75,21 @@ def falling_loss(T):
     return 0.02 + torch.exp(-5 * torch.arange(T) / T)
 
 
+def residual_loss(variance=0.25):
+    """[T] a mean loss as a trained network of the noise shows it: for images of this variance the least there is,
+    var / (sigma^2 + var), and 0.003 that such a network does not get rid of."""
+    return variance / (tables().sigma ** 2 + variance) + 0.003
+
+
+def train_on(sampler, mean_loss, num_updates, batch_size):
+    """Show a sampler losses of this mean [T] at the timesteps that it draws."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_updates):
+        t = sampler.sample(batch_size).timesteps
+        sampler.update(t, mean_loss[t].float() * squares(generator, batch_size))
+    return sampler
+
+
 def squares(generator, *shape):
     """Losses of mean 1, as spread as a mean of four squares."""
     return torch.randn(4, *shape, generator=generator).square().mean(0)
@@ -94,7 +109,7 @@ def weighting_table(name, schedule):
 
 
 def make_sampler(name, weighting="none", **options):
-    options = {"error_filter": "none", **options}
+    options = {"error_filter": "none", "images": random_images(), **options}
     return make_timestep_sampler(scheduler(), timestep_sampler=name, loss_weighting=weighting, **options)
 
 

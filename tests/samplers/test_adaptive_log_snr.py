@@ -3,34 +3,53 @@
 import numpy as np
 import pytest
 import torch
-from sampler_helpers import T, adapt, alphas_cumprod, falling_loss, make_sampler, tables, total_variation
+from sampler_helpers import (
+    T,
+    adapt,
+    alphas_cumprod,
+    falling_loss,
+    make_sampler,
+    residual_loss,
+    tables,
+    total_variation,
+    train_on,
+)
 
 from samplers import weightings
 
 
-def test_adaptive_log_snr_keeps_an_average_of_the_weighted_loss_by_bin():
-    """One loss after the other, bin by bin, as a public port of VDM++ does."""
+def test_adaptive_log_snr_keeps_an_average_of_the_loss_by_bin():
+    """One loss after the other, bin by bin, as a public port of VDM++ does; then corrected as Adam's averages are."""
     generator = torch.Generator().manual_seed(0)
     sampler = make_sampler("adaptive_log_snr", "p2", refresh_every=1)
+    p2 = weightings.p2(tables()).numpy()
+    np.testing.assert_allclose(sampler.probabilities, 0.999 * p2 / p2.sum() + 0.001 / T, rtol=1e-4)
     log_snr = np.log(alphas_cumprod() / (1 - alphas_cumprod()))
-    width = np.abs(np.gradient(log_snr))
-    per_lambda = weightings.p2(tables()).numpy() / width  # w(lambda)
     edges = np.linspace(log_snr[-1], log_snr[0], 101)
     bins = (np.searchsorted(edges, log_snr, side="right") - 1).clip(0, 99)
-    average = np.array([per_lambda[bins == b].mean() if (bins == b).any() else 0 for b in range(100)])
-    np.testing.assert_allclose(sampler.bin_losses, average, rtol=1e-3)
-    np.testing.assert_allclose(average[bins] * width * 1000, 1000 * weightings.p2(tables()).numpy(), rtol=0.3)
+    averages, counts = np.zeros(100), np.zeros(100)
     for _ in range(200):
         t = int(torch.randint(T, (), generator=generator))
         losses = torch.full((5,), float(torch.rand((), generator=generator)))
         sampler.update(torch.full((5,), t), losses)
         for loss in losses.tolist():
-            average[bins[t]] = 0.999 * average[bins[t]] + 0.001 * per_lambda[t] * loss
-    expected = average[bins] * width
+            averages[bins[t]] = 0.999 * averages[bins[t]] + 0.001 * loss
+            counts[bins[t]] += 1
+    shares, seen = 1 - 0.999**counts, counts > 0
+    assert 20 < seen.sum() < 90
+    means = np.where(seen, averages / np.where(seen, shares, 1), averages.sum() / shares.sum())
+    np.testing.assert_allclose(sampler.expected_loss(), means[bins], rtol=1e-3)
+    expected = p2 * means[bins]
     np.testing.assert_allclose(sampler.probabilities, 0.999 * expected / expected.sum() + 0.001 / T, rtol=2e-3)
     product = sampler.probabilities * sampler.weights * T
-    p2 = weightings.p2(tables())
-    torch.testing.assert_close(product, (p2 / p2.mean()).float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(product, torch.from_numpy(p2 / p2.mean()).float(), rtol=1e-4, atol=0)
+
+
+def test_adaptive_log_snr_adapts_within_the_first_hundred_updates():
+    """An average that starts at 1 is still far above a loss of 0.003 then."""
+    sampler, loss = make_sampler("adaptive_log_snr"), residual_loss()
+    train_on(sampler, loss, num_updates=100, batch_size=64)
+    assert total_variation(sampler.probabilities, loss / loss.sum()) < 0.1
 
 
 @pytest.mark.parametrize("weighting", ["none", "bell", "min_snr"])

@@ -66,7 +66,7 @@ def test_published_methods_are_built_by_name(method):
 
 def test_methods_pair_the_rivals_as_published():
     assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none", "independent")
-    assert METHODS["edm2"] == ("uncertainty", "edm", "none", "independent")
+    assert METHODS["info_noise"] == ("info_noise", "edm", "none", "independent")
     assert METHODS["kim"] == ("kim", "none", "none", "independent")
     assert list(METHODS)[-1] == list(TIMESTEP_SAMPLERS)[-1] == "adaptive"
 

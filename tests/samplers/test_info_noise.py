@@ -5,9 +5,19 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from sampler_helpers import T, falling_loss, make_sampler, tables, total_variation
+from sampler_helpers import (
+    T,
+    falling_loss,
+    make_sampler,
+    random_images,
+    residual_loss,
+    scheduler,
+    tables,
+    total_variation,
+    train_on,
+)
 
-from samplers import weightings
+from samplers import make_timestep_sampler, weightings
 from samplers.info_noise import interpolate_missing
 from samplers.loss_aware import NOTHING
 
@@ -17,12 +27,11 @@ def gaussian_channel_loss():
     return 1 / (1 + tables().sigma ** 2)
 
 
-def information_density(loss, weighting, pivot):
+def information_density(mmse, weighting, pivot=0.15):
     """pi = rho / w with both of the loss of the denoised image, per unit of sigma; then per timestep."""
     sigma = tables().sigma.numpy()
-    mse = sigma**2 * loss.double().numpy()
     w = weighting.numpy() / sigma**2
-    pi = mse / sigma**3 * sigma**3 / (sigma**3 + pivot**3) / w
+    pi = mmse.double().numpy() / sigma**3 * sigma**3 / (sigma**3 + pivot**3) / w
     p = pi * np.gradient(sigma)
     return p / p.sum()
 
@@ -40,9 +49,30 @@ def test_info_noise_follows_the_entropy_rate_of_a_gaussian(pivot):
     sigma = tables().sigma.numpy()
     rate = loss.numpy() / sigma
     onset = max(s for s, r in zip(sigma, rate, strict=True) if r >= 0.002 * rate.max())
-    expected = information_density(loss, weightings.edm(tables()), pivot or onset)
+    expected = information_density(tables().sigma ** 2 * loss, weightings.edm(tables()), pivot or onset)
     assert total_variation(sampler.probabilities, torch.from_numpy(expected)) < 0.05
     assert (sampler.relative_weights() == sampler.loss_weights).all()  # the objective's weight stays
+
+
+def test_info_noise_spends_nothing_on_the_noisy_end_of_a_real_network():
+    """0.003 of the noise is left at sigma = 157, 75 of the image, and most of the noisy end is never drawn."""
+    variance, sigma = 0.25, tables().sigma
+    images = variance**0.5 * random_images()
+    sampler = make_timestep_sampler(scheduler(), "info_noise", images=images, warmup=100)
+    train_on(sampler, residual_loss(variance), num_updates=200, batch_size=1000)
+    mmse = variance * sigma**2 / (variance + sigma**2)
+    expected = torch.from_numpy(information_density(mmse, weightings.edm(tables())))
+    assert total_variation(sampler.probabilities, expected) < 0.05
+    assert float(sampler.probabilities[900:].sum()) < 1e-3
+    trained_on, expected = sampler.probabilities * sampler.weights, expected * weightings.edm(tables())
+    assert total_variation(trained_on / trained_on.sum(), expected / expected.sum()) < 0.05
+    assert (sampler.mmse() <= sampler.data_variance).all()
+
+
+def test_info_noise_bounds_the_mmse_by_the_variance_of_the_images():
+    assert make_sampler("info_noise", images=3 * random_images()).data_variance == pytest.approx(9, rel=0.1)
+    with pytest.raises(ValueError, match=r"timestep_sampler 'info_noise' .* needs `images`"):
+        make_timestep_sampler(scheduler(), "info_noise")
 
 
 def test_info_noises_product_does_not_depend_on_the_weighting():
@@ -57,7 +87,7 @@ def test_info_noises_product_does_not_depend_on_the_weighting():
 
 
 def test_info_noise_averages_the_last_losses_of_each_bin():
-    sampler = make_sampler("info_noise", refresh_every=1)
+    sampler = make_sampler("info_noise", refresh_every=1, images=100 * random_images())
     bin_of = sampler._bin_of_timestep
     t = int((bin_of == bin_of.mode().values).nonzero()[0])
     seen, average = deque(maxlen=256), None
@@ -65,13 +95,13 @@ def test_info_noise_averages_the_last_losses_of_each_bin():
     for _ in range(40):
         losses = torch.rand(10, generator=generator)
         sampler.update(torch.full((10,), t), losses)
-        seen.extend(losses.tolist())
+        seen.extend((float(tables().sigma[t]) ** 2 * losses).tolist())  # of the denoised image
         if len(seen) >= 50:
             average = np.mean(seen) if average is None else 0.1 * average + 0.9 * np.mean(seen)
-            assert float(sampler.bin_losses[bin_of[t]]) == pytest.approx(average, rel=1e-4)
-            assert float(sampler.expected_loss().min()) == pytest.approx(average, rel=1e-4)  # all that is known
+            assert float(sampler.bin_mmse[bin_of[t]]) == pytest.approx(average, rel=1e-4)
+            assert float(sampler.mmse().min()) == pytest.approx(average, rel=1e-4)  # all that is known
         else:
-            assert not sampler.expected_loss().isfinite().any()
+            assert not sampler.mmse().isfinite().any()
 
 
 def test_missing_bins_are_interpolated():

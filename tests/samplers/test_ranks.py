@@ -22,8 +22,10 @@ assert dist.is_initialized() and accelerator.num_processes == 2
 schedule = NoiseSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 loss = torch.load(f"{folder}/loss.pt")
 out = {"rank": rank}
+own_images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
 
 def fresh(name="adaptive", **options):
+    options |= {"images": own_images}
     return make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="bell", error_filter="none", **options)
 
 def train(sampler, steps, batch_size=100):
@@ -60,7 +62,6 @@ sampler.load_state_dict(own_state)
 train(sampler, 20)
 out["resumed from its own"] = sampler.state_dict()
 
-own_images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
 sampler = make_timestep_sampler(schedule, "adaptive", images=own_images)
 filtered = sampler.losses(torch.ones(1000, 1, 8, 8), torch.arange(1000))
 out["from the first's images"] = sampler.loss_weights, filtered
@@ -68,6 +69,10 @@ out["from the first's images"] = sampler.loss_weights, filtered
 torch.save(out, f"{folder}/rank{rank}.pt")
 accelerator.end_training()
 """
+
+
+def images_of_first_rank():
+    return torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def schedule_of_worker():
@@ -83,7 +88,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("low_discrepancy", [True, False])
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
 def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
-    options = {"seed": 3, "low_discrepancy": low_discrepancy, "error_filter": "none"}
+    options = {"seed": 3, "low_discrepancy": low_discrepancy, "error_filter": "none", "images": images_of_first_rank()}
     alone = make_timestep_sampler(schedule_of_worker(), timestep_sampler=name, loss_weighting="bell", **options)
     for i, batch_size in enumerate((1, 4, 7)):
         shares = [rank[name, low_discrepancy][i] for rank in ranks]
@@ -94,8 +99,7 @@ def test_ranks_share_the_draws_of_one_process(ranks, name, low_discrepancy):
 
 
 def test_ranks_take_the_data_s_spectrum_from_the_first_one_s_images(ranks):
-    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", images=images)
+    alone = make_timestep_sampler(schedule_of_worker(), "adaptive", images=images_of_first_rank())
     losses = alone.losses(torch.ones(1000, 1, 8, 8), torch.arange(1000))
     for rank in ranks:
         loss_weights, filtered = rank["from the first's images"]

@@ -16,10 +16,11 @@ torch.set_num_threads(1)
 rank = Accelerator(cpu=True).process_index
 schedule = NoiseSchedule(torch.linspace(1 - 1e-4, 1 - 0.02, 1000, dtype=torch.float64).cumprod(0))
 loss = torch.load(f"{folder}/loss.pt")
+images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * (1 + rank)  # the first one's count
 out = {}
 for name in ("loss_second_moment", "uncertainty", "adaptive_log_snr", "info_noise"):
     options = {"warmup": 4} if name == "info_noise" else {}
-    options = {"refresh_every": 4, "error_filter": "none", **options}
+    options = {"refresh_every": 4, "error_filter": "none", "images": images, **options}
     sampler = make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="edm", **options)
     for _ in range(40):
         t = torch.cat([torch.arange(1000)[rank::2], torch.arange(100 * rank)])  # batches differ in size

@@ -169,6 +169,15 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
     assert torch.equal(saved.sample(8).timesteps, loaded.sample(8).timesteps)
 
 
+def test_a_state_that_lacks_what_the_sampler_learned_is_refused_by_name():
+    saved, loaded = (sampler_of(random_images(), "adaptive_log_snr") for _ in range(2))
+    before = state_bits(loaded)
+    state = {name: value for name, value in saved.state_dict().items() if name != "averages"}
+    with pytest.raises(ValueError, match="of an earlier version, without averages"):
+        loaded.load_state_dict(state)
+    assert_same_state(state_bits(loaded), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_of_another_noise_schedule_is_refused(method):
     """Of as many timesteps: its objective would not be this run's."""

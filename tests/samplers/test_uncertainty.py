@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from sampler_helpers import T, adapt, falling_loss, log_sigma_edges, make_sampler, scheduler, squares, tables
+from sampler_helpers import (
+    T,
+    adapt,
+    falling_loss,
+    log_sigma_edges,
+    make_sampler,
+    residual_loss,
+    scheduler,
+    squares,
+    tables,
+    train_on,
+)
 from scipy import stats
 
 from samplers import make_timestep_sampler, weightings
@@ -11,7 +22,7 @@ from samplers import make_timestep_sampler, weightings
 
 def test_uncertainty_weighs_the_denoised_image_as_edm2_does():
     """lambda(sigma) / e^u ‖D - y‖^2 = w_t ‖eps - eps_theta‖^2."""
-    sampler = adapt(make_timestep_sampler(scheduler(), "edm2"))
+    sampler = adapt(make_timestep_sampler(scheduler(), "edm2", loss_weighting="edm"))
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(0, T, 37)
     image, noise, error = torch.randn(3, len(t), 48, generator=generator, dtype=torch.float64)
@@ -45,6 +56,15 @@ def test_uncertainty_takes_the_steps_that_adam_takes_on_edm2s_loss():
         adam.step()
     torch.testing.assert_close(sampler.coefficients, v.detach(), rtol=1e-4, atol=1e-6)
     assert float(features.square().sum(1).mean()) == pytest.approx(1, rel=0.1)  # unit variance, as EDM2's
+
+
+def test_edm2_weighs_every_noise_level_alike_from_the_untrained_network_on():
+    sampler = make_timestep_sampler(scheduler(), "edm2")
+    torch.testing.assert_close(sampler.weights, torch.ones(T))  # times a loss of 1
+    for num_updates in (100, 400):
+        train_on(sampler, residual_loss(), num_updates, batch_size=64)
+        contributions = (sampler.weights * residual_loss())[sampler.probabilities > 1e-4]
+        assert contributions.max() < 4 * contributions.median()
 
 
 @pytest.mark.parametrize("weighting", ["edm", "none"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from sampler_helpers import alphas_cumprod, every_schedule, every_schedule_with_signal, scheduler, tables
 
@@ -59,6 +60,28 @@ def test_edm_is_its_own_loss_on_the_denoised_image(schedule, T, sigma_data):
     c = weightings.edm(tables(schedule, T), sigma_data)[t]
     torch.testing.assert_close(c * mean_square(predicted - eps), lambda_.flatten() * mean_square(denoised - x0),
                                rtol=1e-6, atol=0)  # fmt: skip
+
+
+@every_schedule_with_signal
+def test_a_network_of_v_is_edms_with_a_sigma_data_of_1(schedule, T):
+    """D(x; sigma) = c_skip x + c_out F(c_in x) (arXiv 2206.00364, table 1) with F = -v, and so is its weighted loss."""
+    x0, eps, _, t = perturbed(schedule, T)
+    abar = tables(schedule, T).alphas_cumprod[t].view(-1, 1, 1, 1)
+    sigma, x = ((1 - abar) / abar).sqrt(), x0 + ((1 - abar) / abar).sqrt() * eps
+    c_skip, c_out, c_in = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
+    ddpm = DDPMScheduler.from_config(scheduler(schedule, T).config, prediction_type="v_prediction", clip_sample=False)
+    v = torch.sin(3 * ddpm.add_noise(x0, eps, t))  # of some network
+    denoised = c_skip * x + c_out * -torch.sin(3 * c_in * x)
+    for i in range(0, 64, 8):
+        theirs = ddpm.step(v[i], int(t[i]), ddpm.add_noise(x0, eps, t)[i]).pred_original_sample
+        torch.testing.assert_close(denoised[i], theirs, rtol=1e-3, atol=1e-4)
+    lambda_ = ((sigma**2 + 1) / sigma**2).flatten()
+    of_v = mean_square(v - ddpm.get_velocity(x0, eps, t))
+    torch.testing.assert_close(lambda_ * mean_square(denoised - x0), of_v, rtol=1e-3, atol=0)
+    v_scale = epsilon_loss_scale(tables(schedule, T), "v_prediction")
+    torch.testing.assert_close(weightings.edm(tables(schedule, T), sigma_data=1.0) * v_scale, torch.ones_like(v_scale))
+    published = weightings.edm(tables(schedule, T)) * v_scale  # a sigma_data of 0.5: level but for a factor of 4
+    assert 1 <= published.min() <= published.max() <= 4 + 1e-9
 
 
 @every_schedule
