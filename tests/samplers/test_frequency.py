@@ -8,7 +8,7 @@ import torch
 from sampler_helpers import make_sampler, scheduler
 from scipy import fft
 
-from samplers import ERROR_FILTERS, make_timestep_sampler, mean_squares
+from samplers import make_timestep_sampler, mean_squares
 from samplers.frequency import frequency
 
 T = torch.arange(64)
@@ -60,4 +60,3 @@ def test_it_needs_no_images_and_is_part_of_the_state():
     torch.testing.assert_close(sampler.losses(errors, T), frequency(errors, T))
     with pytest.raises(ValueError, match="error_filter is frequency, not mean_squares"):
         make_sampler("uniform").load_state_dict(sampler.state_dict())
-    assert set(ERROR_FILTERS) == {"none", "frequency", "wiener"}
