@@ -76,6 +76,11 @@ class Evaluator:
         self.has_reference = False
 
     @property
+    def feature_extractor(self) -> dict[str, Any]:
+        """What is known of it, of `scoring.feature_extractors.Extractor`."""
+        return self.metric.inception.description
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the score depends on, for a record of it."""
         return {name: getattr(self.options, name) for name in ("eval_num_images", "eval_num_inference_steps")}
