@@ -205,9 +205,11 @@ def inherited_files(recipe: Path, named: str, heirs: tuple[Path, ...]) -> list[P
         raise ValueError(f"{named}: inherits itself")
     inherited = []
     if (node := read_yaml_mapping(recipe).get(INHERITS)) is not None:
-        other = Path(os.path.realpath(recipe.parent / str(node.value)))
-        named = f"{recipe}, line {line_number(node.start_mark)}: {INHERITS} {node.value}"
-        inherited = inherited_files(other, named, (*heirs, recipe))
+        value = plain_value(node)
+        named = f"{recipe}, line {line_number(node.start_mark)}: {INHERITS} {value}"
+        if not isinstance(value, str):
+            raise ValueError(f"{named}: must be the path of a recipe")
+        inherited = inherited_files(Path(os.path.realpath(recipe.parent / value)), named, (*heirs, recipe))
     bases = [base for base in base_files(recipe) if base not in inherited and base != recipe]
     return [*inherited, *bases, recipe]
 
