@@ -67,7 +67,7 @@ def compare(
     """Train and score what is left to do in a folder that this process holds, and report all.
 
     Args:
-        begun: when the process did, by `time.monotonic`.
+        begun: when this call did, by `time.monotonic`.
     """
     folder = Path(options.output_dir)
     results = open_results(folder, settings_of(options, training_options), entrants)
@@ -77,11 +77,10 @@ def compare(
     evaluator = Evaluator(
         training_options, dataset, PartialState(), training_options.seed, training_options.train_batch_size
     )
-    extractor = evaluator.feature_extractor
-    extractor = {"name": extractor["model"], "weights_sha256": extractor["weights_sha256"]}
-    for flag, each in {"--output_dir": results, **{f"--join {name}": other for name, other in others.items()}}.items():
-        check_same_extractor(flag, each, extractor)
-    results |= {"score": evaluator.name, "feature_extractor": extractor, "data": dataset.contents()}
+    check_same_extractor(f"--output_dir {folder}", results, evaluator.feature_extractor)
+    for name, other in others.items():
+        check_same_extractor(f"--join {name}", other, evaluator.feature_extractor)
+    results |= {"score": evaluator.name, "feature_extractor": evaluator.feature_extractor, "data": dataset.contents()}
     write_json(results, folder / RESULTS_FILE)  # which makes the folder one to go on in
 
     ladders, runs = options.ladders, begin_runs(results["runs"], options)
@@ -90,7 +89,10 @@ def compare(
     while (run := next_run(runs, ladders)) is not None:
         if options.stop_after is not None and time.monotonic() - begun > options.stop_after:
             progress.close()
-            return print(f"{left} of {total} stops are left, as --stop_after ended it; the same command goes on")
+            return print(
+                f"{left} of {total} stops are left after --stop_after {options.stop_after:g} s; "
+                "the same command goes on"
+            )
         progress.set_description(f"{run['entrant']}, seed {run['seed']}")
         train_and_score(run, entrants[run["entrant"]], folder, training_flags, options, evaluator)
         write_json(results, folder / RESULTS_FILE)

@@ -40,7 +40,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """argparse's that tells defaults, where they tell anything."""
 
     def _get_help_string(self, action: Action) -> str:
-        return action.help if action.default is None or action.default == {} else super()._get_help_string(action)
+        return action.help if action.default in (None, {}, []) else super()._get_help_string(action)
 
 
 class JsonDict(dict):

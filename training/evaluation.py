@@ -76,9 +76,10 @@ class Evaluator:
         self.has_reference = False
 
     @property
-    def feature_extractor(self) -> dict[str, Any]:
-        """What is known of it, of `scoring.feature_extractors.Extractor`."""
-        return self.metric.inception.description
+    def feature_extractor(self) -> dict[str, str]:
+        """{"name", "weights_sha256"} of what looks at the images."""
+        description = self.metric.inception.description
+        return {"name": description["model"], "weights_sha256": description["weights_sha256"]}
 
     @property
     def settings(self) -> dict[str, Any]:
