@@ -28,11 +28,11 @@ from diffusers import DiffusionPipeline
 from generation.folder import check_folder, finish_folder, prepare_folder
 from generation.formats import FORMATS, GeneratedFiles
 from generation.labels import ImageLabels
-from generation.options import DTYPES, SCHEDULERS, GenerationOptions, read_options
+from generation.options import DTYPES, GenerationOptions, read_options
 from generation.records import describe_run, describe_settings
 from generation.stopping import exit_when_stopped, report_when_stopped
 from generation.writing import Writer
-from pipelines import EVERYWHERE, choose_kernels, load_pipeline, network_of, sample_images
+from pipelines import EVERYWHERE, SCHEDULERS, choose_kernels, load_pipeline, network_of, sample_images
 from progress import progress_bar
 from recipes import one_line_errors
 from training.folder_lock import folder_lock

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import takewhile
@@ -31,14 +31,16 @@ from recipe_yaml import (
 Options = TypeVar("Options")
 
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
-BLOCKS = ("train", "generate", "evaluate")  # of a recipe, each for the script of that kind
+BLOCKS = ("train", "generate", "evaluate", "compare")  # of a recipe, each for the script of that kind
+OPTIONAL_BLOCK = "compare"  # its script takes recipes of training alone, too
+INHERITS = "inherits"  # beside the blocks: another recipe, by its path from this one's folder
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """argparse's that tells defaults, where they tell anything."""
 
     def _get_help_string(self, action: Action) -> str:
-        return action.help if action.default is None or action.default == {} else super()._get_help_string(action)
+        return action.help if action.default in (None, {}, []) else super()._get_help_string(action)
 
 
 class JsonDict(dict):
@@ -86,6 +88,42 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     recipe's line, for anything that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options, others = read_options(options_class, argv)
+        for word in others:
+            raise unrecognized(word, [field.name for field in fields(options_class)])
+        files = recipe_files(config_flag(argv))
+    except ValueError as error:
+        option_parser(options_class).error(" ".join(str(error).split()))
+    if files and is_main_process():
+        print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
+    return options
+
+
+def read_options(options_class: type[Options], argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """(Options, words of `argv` that are none of theirs), as `parse_options` has them. Prints nothing.
+
+    Raises:
+        ValueError: naming the flag, or the recipe's line. What argparse itself refuses exits with status 2.
+    """
+    parser = option_parser(options_class)
+    flags = option_flags(parser, options_class)
+    recipe = load_recipes(recipe_files(config_flag(argv)), flags, getattr(options_class, "_recipe_block", None))
+    parser.set_defaults(**recipe)
+    argv, assignments = split_assignments(list(argv), flags)
+    namespace, others = parser.parse_known_args(argv)
+    values = vars(namespace)
+    for name, value in recipe.items():
+        if isinstance(value, JsonDict):
+            values[name] = JsonDict({**value, **values[name]})
+    for name, value in (read_assignment(text, flags) for text in assignments):
+        values[name] = JsonDict(merged(values[name], value)) if isinstance(value, JsonDict) else value
+    given = {name: value for name, value in values.items() if value is not None}  # null: the option's default
+    return options_class(**{name: expand_home(value) for name, value in given.items()}), others
+
+
+def option_parser(options_class: type) -> HfArgumentParser:
+    """The parser of the flags of `options_class`."""
     parser = HfArgumentParser(
         option_groups(options_class),
         allow_abbrev=False,
@@ -94,26 +132,12 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
         epilog="A single key, or any option, may also be assigned: unet.dropout=0.2 seed=1",
     )
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
-    flags = {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
-    try:
-        files = recipe_files(config_flag(argv))
-        recipe = load_recipes(files, flags, getattr(options_class, "_recipe_block", None))
-        parser.set_defaults(**recipe)
-        argv, assignments = split_assignments(argv, flags)
-        namespace, others = parser.parse_known_args(argv)
-        values = vars(namespace)
-        for name, value in recipe.items():
-            if isinstance(value, JsonDict):
-                values[name] = JsonDict({**value, **values[name]})
-        for name, value in (read_assignment(text, flags) for text in [*others, *assignments]):
-            values[name] = JsonDict(merged(values[name], value)) if isinstance(value, JsonDict) else value
-        given = {name: value for name, value in values.items() if value is not None}  # null: the option's default
-        options = options_class(**{name: expand_home(value) for name, value in given.items()})
-    except ValueError as error:
-        parser.error(" ".join(str(error).split()))
-    if files and is_main_process():
-        print("options from", ", ".join(map(os.path.relpath, files)), file=sys.stderr)
-    return options
+    return parser
+
+
+def option_flags(parser: HfArgumentParser, options_class: type) -> dict[str, Action]:
+    """{option: its flag}."""
+    return {field.name: parser._option_string_actions[f"--{field.name}"] for field in fields(options_class)}
 
 
 def option_groups(options_class: type) -> list[type]:
@@ -161,16 +185,37 @@ def config_flag(argv: Sequence[str]) -> str | None:
 
 
 def recipe_files(path: str | None) -> list[Path]:
-    """The recipe and each base.yaml that it inherits, the farthest first; [] where `path` is None.
+    """The recipe and all that it inherits, the farthest first; [] where `path` is None.
 
-    Inherited are those from the recipe's folder up to the root of its git repository. Outside of one, those of its
-    folder and of as many folders above as have one without a gap: there is no other sign of where the recipes end.
+    Inherited is the recipe that its key `inherits` names, with all that this one inherits; and nearer than that, each
+    base.yaml from the recipe's folder up to the root of its git repository. Outside of one, those of its folder and of
+    as many folders above as have one without a gap: there is no other sign of where the recipes end.
+
+    Raises:
+        ValueError: there is no such file, or it inherits itself.
     """
-    if path is None:
-        return []
-    recipe = Path(os.path.realpath(path))
+    return [] if path is None else inherited_files(Path(os.path.realpath(path)), f"--config {path}", ())
+
+
+def inherited_files(recipe: Path, named: str, heirs: tuple[Path, ...]) -> list[Path]:
+    """`recipe_files` of one that is `named` so, for an error, and that these `heirs` inherit."""
     if not os.path.isfile(recipe):
-        raise ValueError(f"--config {path}: {'is not a file' if os.path.exists(recipe) else 'no such file'}")
+        raise ValueError(f"{named}: {'is not a file' if os.path.exists(recipe) else 'no such file'}")
+    if recipe in heirs:
+        raise ValueError(f"{named}: inherits itself")
+    inherited = []
+    if (node := read_yaml_mapping(recipe).get(INHERITS)) is not None:
+        value = plain_value(node)
+        named = f"{recipe}, line {line_number(node.start_mark)}: {INHERITS} {value}"
+        if not isinstance(value, str):
+            raise ValueError(f"{named}: must be the path of a recipe")
+        inherited = inherited_files(Path(os.path.realpath(recipe.parent / value)), named, (*heirs, recipe))
+    bases = [base for base in base_files(recipe) if base not in inherited and base != recipe]
+    return [*inherited, *bases, recipe]
+
+
+def base_files(recipe: Path) -> list[Path]:
+    """Each base.yaml of the recipe's folder and above, the farthest first."""
     recipe_folder, *folders_above = recipe.parents
     roots = [folder for folder in recipe.parents if os.path.exists(folder / ".git")]
     if roots:
@@ -178,7 +223,7 @@ def recipe_files(path: str | None) -> list[Path]:
     else:
         folders = [recipe_folder, *takewhile(lambda above: os.path.isfile(above / "base.yaml"), folders_above)]
     bases = [folder / "base.yaml" for folder in reversed(folders)]
-    return [*(base for base in bases if os.path.isfile(base) and base != recipe), recipe]
+    return [base for base in bases if os.path.isfile(base)]
 
 
 # What is in them
@@ -218,7 +263,10 @@ def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml
         ValueError: it `is_needed` and the recipe has others only, or there are options outside of the blocks.
     """
     mapping = read_yaml_mapping(file)
+    mapping.pop(INHERITS, None)
     blocks = [name for name in mapping if name in BLOCKS]
+    if block == OPTIONAL_BLOCK and block not in blocks:
+        return {}
     if block is None or not blocks:
         return mapping
     for name in (name for name in mapping if name not in blocks):
@@ -259,8 +307,7 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
     """
     match = ASSIGNMENT.fullmatch(text)
     if not match or match[1] not in flags or match[1] == "config":
-        word = text.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
-        raise ValueError(f"unrecognized arguments: {text}{did_you_mean(word, flags)}")
+        raise unrecognized(text, flags)
     name, keys = match[1], match[2].split(".")[1:]
     try:
         node = read_yaml_value(match[3])
@@ -276,9 +323,15 @@ def read_assignment(text: str, flags: dict[str, Action]) -> tuple[str, Any]:
         raise ValueError(f"{text}: {error}") from error
 
 
-def did_you_mean(name: str, flags: dict[str, Action]) -> str:
+def unrecognized(text: str, names: Iterable[str]) -> ValueError:
+    """The error of a word that is no flag, and no assignment, of the options with these names."""
+    word = text.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
+    return ValueError(f"unrecognized arguments: {text}{did_you_mean(word, names)}")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of an error: the option whose name is nearest, or nothing where none is near."""
-    close = difflib.get_close_matches(name, flags, 1)
+    close = difflib.get_close_matches(name, list(names), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -151,6 +151,11 @@ def train_step(
 
 def command_line(argv: list[str]) -> TrainingOptions:
     """The options of a command line; where it names neither recipe nor other data, those of the embedded digits'."""
+    return parse_options(TrainingOptions, with_default_recipe(argv))
+
+
+def with_default_recipe(argv: list[str]) -> list[str]:
+    """A command line that names a recipe, that of the embedded digits, where it named neither one nor other data."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name", "--train_data_dir", default="digits")
@@ -159,7 +164,7 @@ def command_line(argv: list[str]) -> TrainingOptions:
     is_digits = named.dataset_name == "digits" and not assigned
     if named.config is None and is_digits and not {"-h", "--help"} & set(argv):
         argv = ["--config", str(Path(__file__).parent / "configs" / "digits.yaml"), *argv]
-    return parse_options(TrainingOptions, argv)
+    return argv
 
 
 if __name__ == "__main__":

@@ -1,52 +1,61 @@
-"""Scores against time, and densities, of several methods."""
+"""Scores against time and images, and densities, of several methods."""
 
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from cycler import cycler
 
 from comparison.summary import Summary
 
 matplotlib.use("agg")
 
-COLOURS = plt.get_cmap("tab20").colors  # one for each method
+COLOURS = plt.get_cmap("tab20").colors
+STYLES = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)  # one for each entrant
+LABELS = {"seconds": "seconds of training", "images": "images trained on"}
 
 
-def plot_scores(score: str, methods: dict[str, Summary], path: Path) -> None:
-    """Score against training time, a line a method, with the spread over seeds."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axis.set_prop_cycle(color=COLOURS)
-    for method, summary in methods.items():
-        errors = [deviation or 0 for deviation in summary["spreads"]]
-        axis.errorbar(summary["times"], summary["means"], errors, marker="o", capsize=3, label=method, **style(method))
-    axis.set(xlabel="seconds of training", ylabel=score.upper(), xscale="log", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
+    """Score against training time, against images, or both; a line an entrant, with the spread over seeds."""
+    kinds = list(next(iter(entrants.values()))["curves"])
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(2 + 5 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, kind in zip(axes.flat, kinds, strict=True):
+        axis.set_prop_cycle(STYLES)
+        for name, summary in entrants.items():
+            curve, label = summary["curves"][kind], name if kind == kinds[0] else None  # once in the legend
+            errors = [deviation or 0 for deviation in curve.spreads]
+            axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style(name))
+        axis.set(xlabel=LABELS[kind], xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set(ylabel=score.upper())
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def style(method: str) -> dict[str, Any]:
+def style(name: str) -> dict[str, Any]:
     """Our own method stands out."""
-    return {"color": "black", "linewidth": 2.5, "zorder": 3} if method == "adaptive" else {}
+    return {"color": "black", "linestyle": "-", "linewidth": 2.5, "zorder": 3} if name == "adaptive" else {}
 
 
-def plot_densities(methods: dict[str, Summary], path: Path) -> None:
-    """p_t and the objective p_t * w_t of each method, early and late in its first run."""
+def plot_densities(entrants: dict[str, Summary], path: Path) -> None:
+    """p_t and the objective p_t * w_t of each entrant, early and late in its first run."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
     for axis in axes.flat:
-        axis.set_prop_cycle(color=COLOURS)
-    for method, summary in methods.items():
+        axis.set_prop_cycle(STYLES)
+    for name, summary in entrants.items():
         for column, when in enumerate(("early", "late")):
-            if summary["runs"]:
-                density, weight = (summary["runs"][0][name][when] for name in ("density", "weight"))
+            if summary["runs"] and "density" in summary["runs"][0]:
+                density, weight = (summary["runs"][0][kind][when] for kind in ("density", "weight"))
                 objective = [p * w for p, w in zip(density, weight, strict=True)]
                 positions = [(i + 0.5) / len(density) for i in range(len(density))]
                 for row, table in enumerate((density, objective)):
-                    label = method if (row, column) == (0, 0) else None  # once in the legend
+                    label = name if (row, column) == (0, 0) else None  # once in the legend
                     relative = [value * len(table) / sum(table) for value in table]
-                    axes[row, column].plot(positions, relative, label=label, **style(method))
+                    axes[row, column].plot(positions, relative, label=label, **style(name))
     for column, when in enumerate(("early", "late")):
         axes[0, column].set(title=f"density $p_t$, {when}", ylim=(0, None))
         axes[1, column].set(title=f"objective $p_t w_t$, {when}", xlabel="$t / T$", ylim=(0, 5))

@@ -7,40 +7,45 @@ from typing import Any
 
 from accelerate import PartialState
 
+from comparison.entrants import OF_EACH_RUN, Entrant
 from comparison.options import ComparisonOptions
-from samplers import METHODS, __version__, resolve_method
+from recipes import plain_values
+from samplers import __version__
 from training.folder_lock import LOCK_FILE
-from training.machine import device_name, library_versions
-from training.methods import method_parts
-from training.options import MethodOptions
+from training.machine import code_commit, device_name, library_versions
+from training.options import TrainingOptions
 from training.saving import read_json
 
 RESULTS_FILE = "results.json"
-Parts = dict[str, dict[str, str]]  # {method: {"timestep_sampler": name, "loss_weighting": name, ...}}
+# Of training, and no settings of a comparison; the extractor is known by its weights, wherever they are
+NO_SETTINGS = (*OF_EACH_RUN, "config", "eval_feature_extractor", "eval_feature_extractor_weights", "hub_token")
 
 
-def parts_of_methods(options: MethodOptions) -> Parts:
-    """What every method is made of now, with these options of training."""
-    return {method: resolve_method(method, **method_parts(options))._asdict() for method in METHODS}
+def settings_of(options: ComparisonOptions, training_options: TrainingOptions) -> dict[str, Any]:
+    """What all runs of a comparison have in common, as JSON has it."""
+    return {
+        "ladders": options.ladders,
+        "score_samplers": options.score_samplers,
+        **plain_values(training_options, NO_SETTINGS),
+    }
 
 
-def open_results(folder: Path, options: ComparisonOptions, training_flags: list[str], parts: Parts) -> dict[str, Any]:
-    """results.json of a comparison that was killed, or a new one.
-
-    Args:
-        parts: of `parts_of_methods`.
+def open_results(folder: Path, settings: dict[str, Any], entrants: dict[str, Entrant]) -> dict[str, Any]:
+    """results.json of a comparison that was stopped, or a new one.
 
     Raises:
-        ValueError: the folder holds another comparison, or one whose methods were others, or something else.
+        ValueError: the folder holds another comparison, or one whose entrants were others, or something else.
     """
-    settings = {"max_train_seconds": options.max_train_seconds, "score_at": options.score_at, "flags": training_flags}
-    settings["sampler_options"] = options.sampler_options
-    path = folder / RESULTS_FILE
+    described = {name: {"options": entrant.options, "parts": entrant.parts} for name, entrant in entrants.items()}
+    commit, path = code_commit(), folder / RESULTS_FILE
     if path.exists():
         results = read_results(path, "--output_dir")
-        if results["settings"] != settings:
-            raise ValueError(f"--output_dir {folder}: holds a comparison with other settings: {results['settings']}")
-        check_same_methods(f"--output_dir {folder}", results, parts)
+        check_same_settings(f"--output_dir {folder}", results, settings)
+        check_same_entrants(f"--output_dir {folder}", results, described)
+        if commit != results["commits"][-1]:
+            print(f"--output_dir {folder}: goes on by commit {commit}, after {results['commits'][-1]}", file=sys.stderr)
+            results["commits"].append(commit)
+        results["entrants"] |= described
         return results
     if {entry.name for entry in folder.iterdir()} - {LOCK_FILE}:
         raise ValueError(f"--output_dir {folder}: is not empty, and holds no {RESULTS_FILE} to go on from")
@@ -49,7 +54,8 @@ def open_results(folder: Path, options: ComparisonOptions, training_flags: list[
         "settings": settings,
         "device": device_name(PartialState().device),
         "versions": {**library_versions(), "adaptive_timesteps": __version__},
-        "parts": parts,
+        "commits": [commit],
+        "entrants": described,
         "runs": {},
     }
 
@@ -59,47 +65,92 @@ def read_results(path: Path, flag: str) -> dict[str, Any]:
     results = read_json(path)
     if not {"settings", "device", "runs", "command"} <= results.keys():
         raise ValueError(f"{flag} {path.parent}: its {RESULTS_FILE} is not that of a comparison")
+    if "entrants" not in results:
+        raise ValueError(
+            f"{flag} {path.parent}: its {RESULTS_FILE} is of an earlier version, and can be neither gone on with nor "
+            "joined"
+        )
     return results
 
 
 def joined_results(folder: str, results: dict[str, Any]) -> dict[str, Any]:
-    """results.json of another comparison. Says so if other versions of the libraries made it, or if one of the two is
-    of an earlier version, which did not note what its methods are made of.
+    """results.json of another comparison. Says so if another commit, or other versions of the libraries, made it.
 
     Raises:
-        ValueError: it has other settings, ran on another device, or its methods are made of other parts.
+        ValueError: it has other settings, ran on another device, or has other entrants by the same names.
     """
     path = Path(folder) / RESULTS_FILE
     if not path.exists():
         raise ValueError(f"--join {folder}: holds no {RESULTS_FILE}")
     other = read_results(path, "--join")
-    for name in ("settings", "device"):
-        if other[name] != results[name]:
-            raise ValueError(f"--join {folder}: its {name} is {other[name]}, not {results[name]}")
-    if "parts" in results and "parts" in other:
-        check_same_methods(f"--join {folder}", other, results["parts"])
-    else:
-        print(f"--join {folder}: it is not known whether the methods are made of the same parts", file=sys.stderr)
+    check_same_settings(f"--join {folder}", other, results["settings"])
+    if other["device"] != results["device"]:
+        raise ValueError(f"--join {folder}: its device is {other['device']}, not {results['device']}")
+    check_same_entrants(f"--join {folder}", other, results["entrants"])
     versions, other_versions = (each.get("versions", {}) for each in (results, other))
     differ = [name for name in {**other_versions, **versions} if versions.get(name) != other_versions.get(name)]
     if differ:
         others = ", ".join(f"{name} {other_versions.get(name)} (here {versions.get(name)})" for name in differ)
         print(f"--join {folder}: its runs were made by other versions: {others}", file=sys.stderr)
+    if other["commits"] != results["commits"]:
+        commits = (", ".join(map(str, each["commits"])) for each in (other, results))
+        print("--join {}: its runs were made by commit {} (here {})".format(folder, *commits), file=sys.stderr)
     return other
 
 
-def check_same_methods(flag: str, results: dict[str, Any], parts: Parts) -> None:
-    """Refuse results of a method that goes by the same name and is made of other parts.
+def join(results: dict[str, Any], others: list[dict[str, Any]]) -> None:
+    """Add the runs of others, but those that are in `results` already."""
+    for other in others:
+        results["runs"] = {**other["runs"], **results["runs"]}
+        results["entrants"] = {**other["entrants"], **results["entrants"]}
+        results["commits"] += [commit for commit in other["commits"] if commit not in results["commits"]]
+        results["command"] += "; " + other["command"]
+
+
+def check_same_settings(flag: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse results of other settings; those that an earlier version did not know are not compared.
 
     Args:
         flag: whose folder the results are from.
-        parts: of the methods now.
 
     Raises:
-        ValueError: naming the method and the part.
+        ValueError: naming the setting.
     """
-    for method in sorted({run["method"] for run in results["runs"].values()}):
-        then, now = results.get("parts", parts).get(method, {}), parts.get(method, {})
-        for kind, name in then.items():
-            if now.get(kind) != name:
-                raise ValueError(f"{flag}: its {method} has the {kind} {name}, not {now.get(kind)}")
+    for name, then in results["settings"].items():
+        if name in settings and then != settings[name]:
+            raise ValueError(f"{flag}: has other settings: its {name} is {then}, not {settings[name]}")
+
+
+def check_same_entrants(flag: str, results: dict[str, Any], entrants: dict[str, Any]) -> None:
+    """Refuse results of an entrant that goes by the same name and is another.
+
+    Args:
+        flag: whose folder the results are from.
+        entrants: {name: {"options", "parts"}} now.
+
+    Raises:
+        ValueError: naming the entrant and what is different.
+    """
+    for entrant in sorted({run["entrant"] for run in results["runs"].values()} & entrants.keys()):
+        then, now = results["entrants"][entrant], entrants[entrant]
+        for kind, name in then["parts"].items():
+            if now["parts"].get(kind) != name:
+                raise ValueError(f"{flag}: its {entrant} has the {kind} {name}, not {now['parts'].get(kind)}")
+        if then["options"] != now["options"]:
+            raise ValueError(f"{flag}: its {entrant} has the options {then['options']}, not {now['options']}")
+
+
+def check_same_extractor(flag: str, results: dict[str, Any], extractor: dict[str, Any]) -> None:
+    """Refuse scores by another feature extractor, as its weights tell; results without scores may have none yet.
+
+    Args:
+        flag: whose folder the results are from.
+        extractor: {"name", "weights_sha256"} now.
+
+    Raises:
+        ValueError: naming both.
+    """
+    then = results.get("feature_extractor", extractor)
+    if then["weights_sha256"] != extractor["weights_sha256"]:
+        names = ("{name}, SHA-256 {weights_sha256}".format(**each) for each in (then, extractor))
+        raise ValueError("{}: its feature extractor is {}, not {}".format(flag, *names))

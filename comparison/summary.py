@@ -1,32 +1,85 @@
-"""Runs of the same method, different in their seeds, as a row of a table."""
+"""Runs of the same entrant, different in their seeds, as a row of a table."""
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-BASELINE = "ddpm"  # speed-ups are over this method, where it takes part
+PLAIN = {"method": "ddpm"}  # speed-ups are over the entrant with these options, where it takes part
+UNITS = {"seconds": "s", "images": "images"}
+HEADINGS = {"seconds": "Equal time", "images": "Equal images"}
 Summary = dict[str, Any]
 
 
+class Curve(NamedTuple):
+    """An entrant's scores at the stops that all its runs have reached, of one ladder.
+
+    Attributes:
+        stops: [n] seconds of training, or images.
+        means, spreads: [n] over seeds, by the first of the samplers; a spread is None of a single seed.
+        others: {sampler: (mean, spread)} by the others, at the last stop of the ladder.
+        speed_up: see `speed_up`; None where the baseline's last score was never reached, or there is no baseline.
+        is_lower_bound: the first score is already better.
+    """
+
+    stops: list[float]
+    means: list[float]
+    spreads: list[float | None]
+    others: dict[str, tuple[float, float | None]]
+    speed_up: float | None = None
+    is_lower_bound: bool = False
+
+
 def summarise(results: dict[str, Any]) -> dict[str, Summary]:
-    """{method: {"times", "means", "spreads", "images_per_second", "speed_up", "speed_up_is_lower_bound", "runs",
-    "failed"}}."""
-    methods = {}
+    """{entrant: {"curves": {"seconds": Curve, "images": Curve}, "images_per_second", "clipped", "runs", "failed"}}."""
+    entrants = {}
     for run in results["runs"].values():
-        summary = methods.setdefault(run["method"], {"runs": [], "failed": []})
+        summary = entrants.setdefault(run["entrant"], {"runs": [], "failed": []})
         summary["failed" if "failed" in run else "runs"].append(run)
-    for summary in methods.values():
-        columns = list(zip(*(run["scores"] for run in summary["runs"]), strict=False))
-        summary["times"] = [column[0]["budget"] for column in columns]
-        summary["means"] = [statistics.mean(score["score"] for score in column) for column in columns]
-        summary["spreads"] = [spread([score["score"] for score in column]) for column in columns]
-        rates = [run["scores"][-1]["images"] / run["scores"][-1]["seconds"] for run in summary["runs"] if run["scores"]]
-        summary["images_per_second"] = statistics.mean(rates) if rates else None
-    baseline = methods.get(BASELINE, {}).get("means")
-    for summary in methods.values():
-        summary["speed_up"] = speed_up(summary, baseline[-1]) if baseline else None
-        summary["speed_up_is_lower_bound"] = bool(baseline and summary["means"] and summary["means"][0] < baseline[-1])
-    return methods
+    ladders, samplers = results["settings"]["ladders"], results["settings"]["score_samplers"]
+    for summary in entrants.values():
+        lasts = [run["scores"][-1] for run in summary["runs"] if run["scores"]]
+        summary["curves"] = {kind: curve(summary["runs"], kind, stops, samplers) for kind, stops in ladders.items()}
+        summary["images_per_second"] = mean([last["images"] / last["seconds"] for last in lasts])
+        summary["clipped"] = mean([run["clipped"] for run in summary["runs"] if "clipped" in run])
+    if (plain := baseline(results)) in entrants:
+        for kind, reference in entrants[plain]["curves"].items():
+            for summary in entrants.values() if reference.means else ():
+                summary["curves"][kind] = against(summary["curves"][kind], reference)
+    return entrants
+
+
+def baseline(results: dict[str, Any]) -> str | None:
+    """The entrant over which speed-ups are: the first that is plain DDPM."""
+    return next((name for name, entrant in results["entrants"].items() if entrant["options"] == PLAIN), None)
+
+
+def curve(runs: list[dict[str, Any]], kind: str, stops: list[float], samplers: list[str]) -> Curve:
+    """The scores of an entrant's runs along a ladder; without speed-ups."""
+    columns = []
+    for stop in stops:
+        column = [score for run in runs if (score := score_at(run, kind, stop))]
+        if not column or len(column) < len(runs):
+            break
+        columns.append([score["scores"] for score in column])
+    first, *others = samplers
+    values = [[scores[first] for scores in column] for column in columns]
+    last = columns[-1] if len(columns) == len(stops) else []
+    return Curve(
+        stops[: len(columns)],
+        [statistics.mean(column) for column in values],
+        [spread(column) for column in values],
+        {name: (mean(of_name), spread(of_name)) for name in others if (of_name := [scores[name] for scores in last])},
+    )
+
+
+def score_at(run: dict[str, Any], kind: str, stop: float) -> dict[str, Any] | None:
+    """A run's record of that stop: the first in which it had come as far; None before that."""
+    return next((score for score in run["scores"] if score["reached"].get(kind, 0) >= stop), None)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of no values."""
+    return statistics.mean(values) if values else None
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -34,55 +87,85 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def speed_up(summary: Summary, target: float) -> float | None:
-    """The whole time over the time at which the mean score first reached `target`, linear between two scores.
+def against(curve: Curve, reference: Curve) -> Curve:
+    """The curve with its speed-up over that of the baseline."""
+    target = reference.means[-1]
+    return curve._replace(
+        speed_up=speed_up(curve, reference.stops[-1], target),
+        is_lower_bound=bool(curve.means) and curve.means[0] < target,
+    )
+
+
+def speed_up(curve: Curve, whole: float, target: float) -> float | None:
+    """The `whole` time, or number of images, over that at which the mean score first reached `target`, linear between
+    two scores.
 
     None if it never did; where the first score is already better, a lower bound."""
-    times, means = summary["times"], summary["means"]
-    for i, (time, mean) in enumerate(zip(times, means, strict=True)):
-        if mean <= target:
+    stops, means = curve.stops, curve.means
+    for i, (stop, score) in enumerate(zip(stops, means, strict=True)):
+        if score <= target:
             if i > 0:
-                share = (means[i - 1] - target) / (means[i - 1] - mean)
-                time = times[i - 1] + share * (time - times[i - 1])
-            return times[-1] / time
+                share = (means[i - 1] - target) / (means[i - 1] - score)
+                stop = stops[i - 1] + share * (stop - stops[i - 1])
+            return whole / stop
     return None
 
 
-def speed_up_text(summary: Summary) -> str:
-    """The speed-up as a cell of the table: "1.29×", "≥2.00×" of a lower bound, "–" of none."""
-    if summary["speed_up"] is None:
-        return "–"
-    return "≥" * summary["speed_up_is_lower_bound"] + f"{summary['speed_up']:.2f}×"
+# As text
 
 
-def table(results: dict[str, Any], methods: dict[str, Summary]) -> str:
-    """The results as Markdown."""
-    times = max((summary["times"] for summary in methods.values()), key=len)
-    name = results["score"].upper()
-    header = ["method", *(f"{name} at {time:,.0f} s" for time in times), "speed-up", "images/s", "seeds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for method, summary in sorted(methods.items(), key=lambda item: (item[1]["means"] or [float("inf")])[-1]):
-        cells = [
-            f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
-            for mean, deviation in zip(summary["means"], summary["spreads"], strict=True)
-        ]
-        cells += ["–"] * (len(times) - len(cells))
-        rate = summary["images_per_second"]
-        cells += [speed_up_text(summary), f"{rate:,.0f}" if rate else "–", str(len(summary["runs"]))]
-        cells[-1] += f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+def table(results: dict[str, Any], entrants: dict[str, Summary]) -> str:
+    """The results as Markdown: a section for each ladder."""
+    ladders, plain = results["settings"]["ladders"], baseline(results)
+    sections = [f"## {HEADINGS[kind]}\n\n{section(results, entrants, kind)}\n" for kind in ladders]
     failures = [
-        f"`{run['method']}`, seed {run['seed']}: {run['failed']}" for s in methods.values() for run in s["failed"]
+        f"`{run['entrant']}`, seed {run['seed']}: {run['failed']}" for s in entrants.values() for run in s["failed"]
     ]
+    over = f" Speed-up: the time, or the images, that `{plain}` had, over what the mean score needed to reach its final"
     return "\n".join(
         [
-            *lines,
-            "",
-            "Lower is better; mean ± standard deviation over seeds. Speed-up: the time that "
-            f"`{BASELINE}` had, over that at which the method's mean score reached its final one; ≥ where its first "
-            "score is already better.",
-            f"Device: {results['device']}. `{results['command']}`",
+            *sections,
+            "Lower is better; mean ± standard deviation over seeds."
+            + (f"{over} one; ≥ where the first score is already better." if plain in entrants else ""),
+            f"Device: {results['device']}. Commit: {', '.join(map(str, results['commits']))}. `{results['command']}`",
             *failures,
             "",
         ]
     )
+
+
+def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) -> str:
+    """The table of one ladder, best last score first."""
+    stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
+    score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
+    by = {sampler: "" if sampler == "ddpm" else f" by {sampler.upper()}" for sampler in (first, *others)}
+    header = ["method", *(f"{score}{by[first]} at {stop:,.0f} {UNITS[kind]}" for stop in stops)]
+    header += [f"{score}{by[sampler]} at {stops[-1]:,.0f} {UNITS[kind]}" for sampler in others]
+    header += ["speed-up", "images/s", *(["clipped"] if any_clipped else []), "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, summary in sorted(entrants.items(), key=lambda item: last_first(item[1]["curves"][kind])):
+        curve = summary["curves"][kind]
+        cells = [score_text(*pair) for pair in zip(curve.means, curve.spreads, strict=True)]
+        cells += ["–"] * (len(stops) - len(cells))
+        cells += [score_text(*curve.others[sampler]) if sampler in curve.others else "–" for sampler in others]
+        rate, clipped = summary["images_per_second"], summary["clipped"]
+        cells += [speed_up_text(curve), f"{rate:,.0f}" if rate else "–"]
+        cells += [f"{clipped:.1%}" if clipped is not None else "–"] if any_clipped else []
+        failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
+        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {len(summary['runs'])}{failed} |")
+    return "\n".join(lines)
+
+
+def last_first(curve: Curve) -> tuple[int, float]:
+    """By what entrants are ranked: how far they have come, and their score there."""
+    return -len(curve.means), curve.means[-1] if curve.means else 0.0
+
+
+def score_text(mean: float, deviation: float | None) -> str:
+    """A score as a cell of the table: "2.257 ± 0.181"."""
+    return f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def speed_up_text(curve: Curve) -> str:
+    """The speed-up as a cell of the table: "1.29×", "≥2.00×" of a lower bound, "–" of none."""
+    return "–" if curve.speed_up is None else "≥" * curve.is_lower_bound + f"{curve.speed_up:.2f}×"

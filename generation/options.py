@@ -14,12 +14,11 @@ from transformers.hf_argparser import HfArg
 
 from generation.labels import BALANCED, ImageLabels, parse_labels
 from images.records import GRID
-from pipelines import check_variant, denoising_steps, load_configs, sample_shape
+from pipelines import SCHEDULERS, check_variant, denoising_steps, load_configs, sample_shape
 from pipelines.denoising import Step
 from pipelines.sampling import guidance_scales
 from recipes import check_ranges, parse_options
 
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 MAX_IMAGES = 2**32  # as many numbers of images as there are; the last batch is padded with the next ones

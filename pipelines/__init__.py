@@ -2,7 +2,7 @@
 
 from pipelines.checks import image_shape, sample_shape
 from pipelines.class_conditional import ClassConditionalPipeline, find_label_ids, is_transformer, network_of, null_label
-from pipelines.denoising import denoising_steps
+from pipelines.denoising import SCHEDULERS, denoising_steps
 from pipelines.kernels import choose_kernels
 from pipelines.kinds import Network, Pipeline, make_pipeline, pipeline_class, vae_of
 from pipelines.loading import check_variant, load_configs, load_pipeline
@@ -11,6 +11,7 @@ from pipelines.sampling import EVERYWHERE, sample_images
 
 __all__ = [
     "EVERYWHERE",
+    "SCHEDULERS",
     "ClassConditionalPipeline",
     "Network",
     "Pipeline",

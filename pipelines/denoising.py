@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from pipelines.checks import check_scheduler
 
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}  # by the name of the chain
 Coefficients = tuple[float | torch.Tensor, ...]  # each for all steps alike, or float32 [N]
 
 

@@ -15,10 +15,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipe
 
 from pipelines.checks import check_forward, check_scheduler, check_vae_config, image_shape, sample_shape
 from pipelines.class_conditional import MODULE, ClassConditionalPipeline, is_transformer, null_label, read_id2label
+from pipelines.denoising import SCHEDULERS
 from pipelines.kinds import Pipeline, make_pipeline
 from pipelines.weights import nonfinite_weights
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+SCHEDULER_NAMES = [scheduler.__name__ for scheduler in SCHEDULERS.values()]
 CLASS_CONDITIONAL = [MODULE, ClassConditionalPipeline.__name__]
 COMPONENTS = {  # {class in model_index.json: class}; facebook/DiT-XL-2-256 has diffusers' former name
     "UNet2DModel": UNet2DModel,
@@ -182,12 +183,12 @@ def load_index(name_or_path: str) -> tuple[dict[str, Any], dict[str, type]]:
     components = {name: COMPONENTS.get(value) for name, value in found.items() if name != "scheduler"}
     is_known = all(component and component is COMPONENT_CLASSES.get(name) for name, component in components.items())
     one_of_each = len(NETWORKS & components.keys()) == 1 and len(VAES & components.keys()) <= 1
-    if has_own_code or found.get("scheduler") not in SCHEDULERS or not is_known or not one_of_each:
+    if has_own_code or found.get("scheduler") not in SCHEDULER_NAMES or not is_known or not one_of_each:
         listed = ", ".join(f"{name}={kind}" for name, kind in sorted(found.items())) or "nothing"
         raise ValueError(
             f"{name_or_path} is a {kind} of {listed}; the pipelines loaded here are diffusers' own and "
             f"{CLASS_CONDITIONAL[1]}, and have unet=UNet2DModel or transformer=DiTTransformer2DModel, perhaps "
-            f"vae=AutoencoderKL, and scheduler={' or '.join(SCHEDULERS)}"
+            f"vae=AutoencoderKL, and scheduler={' or '.join(SCHEDULER_NAMES)}"
         )
     return index, components
 

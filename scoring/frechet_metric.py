@@ -24,6 +24,7 @@ class FeatureVectors(torch.nn.Module):
     def __init__(self, extractor: Extractor):
         super().__init__()
         self.num_features = extractor.num_features
+        self.description = extractor.description
         self.score_name = "fid" if extractor.is_standard_inception else "fd"  # of a Fréchet distance with them
         self.extractor = create_feature_extractor(
             extractor.name,

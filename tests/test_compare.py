@@ -1,4 +1,4 @@
-"""Methods against each other in equal time."""
+"""Methods against each other, in equal time and in equal images."""
 
 import json
 import shlex
@@ -9,23 +9,36 @@ from conftest import SHARED, TINY_UNET, fork_all_but_the_first
 from PIL import Image
 
 import compare
-from comparison.options import ComparisonOptions
-from comparison.results import open_results, parts_of_methods
-from training.options import MethodOptions
+import comparison.runs
+from comparison.results import open_results
+
+SECONDS, IMAGES = [1.0, 2.0, 4.0], [100, 400]
 
 
 def results_of(scores):
-    """Results of runs {(method, seed): [score at 1 s, 2 s, 4 s]}; None for one that failed."""
+    """Results of runs {(entrant, seed): [score at 1 s, 2 s, 4 s]}, which make 100 images a second; None for one that
+    failed. By DDIM the last is better by a half."""
     runs = {}
-    for (method, seed), values in scores.items():
-        run = runs[f"{method}-seed{seed}"] = {"method": method, "seed": seed, "scores": []}
+    for (entrant, seed), values in scores.items():
+        run = runs[f"{entrant}-seed{seed}"] = {"entrant": entrant, "seed": seed, "scores": []}
         if values is None:
             run["failed"] = "exit status 1: no luck"
             continue
-        for seconds, value in zip((1.0, 2.0, 4.0), values, strict=True):
-            run["scores"].append({"budget": seconds, "seconds": seconds, "images": 100 * seconds, "score": value})
+        for seconds, value in zip(SECONDS, values, strict=True):
+            at_images = {"images": 100 * seconds} if 100 * seconds in IMAGES else {}
+            record = {"reached": {"seconds": seconds, **at_images}, "seconds": seconds, "images": 100 * seconds}
+            run["scores"].append(record | {"scores": {"ddpm": value}})
+        run["scores"][-1]["scores"]["ddim"] = value - 0.5
         run["density"] = run["weight"] = {"early": [0.5, 0.5], "late": [0.7, 0.3]}
-    return {"runs": runs, "score": "fd", "device": "abacus", "command": "python compare.py"}
+    return {
+        "runs": runs,
+        "settings": {"ladders": {"seconds": SECONDS, "images": IMAGES}, "score_samplers": ["ddpm", "ddim"]},
+        "entrants": {name: {"options": {"method": name}} for name, _ in scores},
+        "score": "fd",
+        "device": "abacus",
+        "commits": ["c0ffee"],
+        "command": "python compare.py",
+    }
 
 
 RESULTS = results_of(
@@ -41,65 +54,112 @@ RESULTS = results_of(
 )
 
 
+def table_of(results):
+    return compare.table(results, compare.summarise(results)).splitlines()
+
+
 def test_speed_up_is_over_the_time_at_which_the_baselines_last_score_is_reached():
-    methods = compare.summarise(RESULTS)
-    assert methods["ddpm"]["means"] == [9.0, 5.0, 4.0]
-    assert methods["ddpm"]["speed_up"] == 1.0
-    assert methods["adaptive"]["means"] == [6.0, 3.0, 2.0]
-    assert methods["adaptive"]["speed_up"] == pytest.approx(4 / (1 + 2 / 3))  # 4.0 lies two thirds of the way to 3.0
-    assert methods["p2"]["speed_up"] is None
-    assert methods["edm"]["speed_up"] == 4.0  # from the first score on
-    assert [name for name in methods if methods[name]["speed_up_is_lower_bound"]] == ["edm"]
-    assert methods["adaptive"]["spreads"][2] == pytest.approx(2**0.5)
-    assert methods["edm"]["spreads"] == [None] * 3
-    assert methods["edm"]["images_per_second"] == 100
+    entrants = compare.summarise(RESULTS)
+    curves = {name: summary["curves"]["seconds"] for name, summary in entrants.items()}
+    assert curves["ddpm"].means == [9.0, 5.0, 4.0]
+    assert curves["ddpm"].speed_up == 1.0
+    assert curves["adaptive"].means == [6.0, 3.0, 2.0]
+    assert curves["adaptive"].speed_up == pytest.approx(4 / (1 + 2 / 3))  # 4.0 lies two thirds of the way to 3.0
+    assert curves["p2"].speed_up is None
+    assert curves["edm"].speed_up == 4.0  # from the first score on
+    assert [name for name in curves if curves[name].is_lower_bound] == ["edm"]
+    assert curves["adaptive"].spreads[2] == pytest.approx(2**0.5)
+    assert curves["edm"].spreads == [None] * 3
+    assert curves["adaptive"].others == {"ddim": (1.5, pytest.approx(2**0.5))}
+    assert entrants["edm"]["images_per_second"] == 100
 
 
-def test_the_table_ranks_methods_and_names_failures():
-    lines = compare.table(RESULTS, compare.summarise(RESULTS)).splitlines()
-    assert lines[0] == "| method | FD at 1 s | FD at 2 s | FD at 4 s | speed-up | images/s | seeds |"
-    assert [line.split("`")[1] for line in lines[2:7]] == ["adaptive", "edm", "ddpm", "p2", "speed"]
-    assert lines[2] == "| `adaptive` | 6.000 ± 0.000 | 3.000 ± 1.414 | 2.000 ± 1.414 | 2.40× | 100 | 2 |"
-    assert lines[3] == "| `edm` | 3.000 | 2.000 | 2.000 | ≥4.00× | 100 | 1 |"
-    assert lines[6].startswith("| `speed` | – | – | – |")
-    assert "(1 failed)" in lines[6]
-    assert any("no luck" in line for line in lines[7:])
+def test_in_images_it_is_over_the_number_of_images():
+    curves = {name: summary["curves"]["images"] for name, summary in compare.summarise(RESULTS).items()}
+    assert curves["ddpm"].stops == IMAGES
+    assert curves["adaptive"].means == [6.0, 2.0]
+    assert curves["adaptive"].speed_up == pytest.approx(400 / 250)  # 4.0 lies half-way from 6.0 to 2.0
+    assert curves["edm"].speed_up == 4.0
+
+
+def test_the_baseline_is_plain_ddpm_by_whatever_name():
+    results = json.loads(json.dumps(RESULTS).replace('"ddpm"', '"uniform"').replace('{"uniform": ', '{"ddpm": '))
+    results["settings"]["score_samplers"] = ["ddpm", "ddim"]
+    results["entrants"] = {name: {"options": {"method": name}} for name in ("adaptive", "p2", "edm", "speed")}
+    assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up is None
+    results["entrants"]["uniform"] = {"options": {"method": "ddpm"}}
+    assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up == pytest.approx(4 / (1 + 2 / 3))
+    assert any("that `uniform` had" in line for line in table_of(results))
+
+
+def test_the_table_ranks_entrants_and_names_failures():
+    lines = table_of(RESULTS)
+    assert lines[0] == "## Equal time"
+    header = "| method | FD at 1 s | FD at 2 s | FD at 4 s | FD by DDIM at 4 s | speed-up | images/s | seeds |"
+    assert lines[2] == header
+    assert [line.split("`")[1] for line in lines[4:9]] == ["adaptive", "edm", "ddpm", "p2", "speed"]
+    scores = "6.000 ± 0.000 | 3.000 ± 1.414 | 2.000 ± 1.414 | 1.500 ± 1.414"
+    assert lines[4] == f"| `adaptive` | {scores} | 2.40× | 100 | 2 |"
+    assert lines[5] == "| `edm` | 3.000 | 2.000 | 2.000 | 1.500 | ≥4.00× | 100 | 1 |"
+    assert lines[8] == "| `speed` | – | – | – | – | – | – | 0 (1 failed) |"
+    assert lines[10] == "## Equal images"
+    header = "| method | FD at 100 images | FD at 400 images | FD by DDIM at 400 images | speed-up | images/s | seeds |"
+    assert lines[12] == header
+    assert lines[14] == "| `adaptive` | 6.000 ± 0.000 | 2.000 ± 1.414 | 1.500 ± 1.414 | 1.60× | 100 | 2 |"
+    assert any("no luck" in line for line in lines[19:])
+
+
+def test_a_stop_that_not_all_seeds_have_reached_is_not_shown_and_ranks_last():
+    results = json.loads(json.dumps(RESULTS))
+    results["runs"]["adaptive-seed1"]["scores"].pop()
+    lines = table_of(results)
+    assert lines[7] == "| `adaptive` | 6.000 ± 0.000 | 3.000 ± 1.414 | – | – | 2.40× | 100 | 2 |"
+    assert [line.split("`")[1] for line in lines[4:9]] == ["edm", "ddpm", "p2", "adaptive", "speed"]
+
+
+def test_how_often_gradients_were_clipped_is_a_column_where_it_is_known():
+    assert "clipped" not in table_of(RESULTS)[2]
+    results = json.loads(json.dumps(RESULTS))
+    for run, share in (("adaptive-seed0", 0.25), ("adaptive-seed1", 0.5)):
+        results["runs"][run]["clipped"] = share
+    lines = table_of(results)
+    assert lines[2].endswith("| images/s | clipped | seeds |")
+    assert lines[4].endswith("| 100 | 37.5% | 2 |")
+    assert lines[5].endswith("| 100 | – | 1 |")
 
 
 @pytest.mark.parametrize(
-    ("method", "score", "cell"),
+    ("entrant", "score", "cell"),
     [("ddpm", 3.0, "1.00×"), ("adaptive", 2.0, "≥1.00×"), ("p2", 3.0, "1.00×"), ("edm", 4.0, "–")],
 )
-def test_of_a_single_score_a_speed_up_is_a_lower_bound_where_the_method_is_better(method, score, cell):
+def test_of_a_single_score_a_speed_up_is_a_lower_bound_where_the_method_is_better(entrant, score, cell):
+    record = {"reached": {"seconds": 4.0}, "seconds": 4.0, "images": 9}
     runs = {
-        name: {"method": name, "seed": 0, "scores": [{"budget": 4.0, "seconds": 4.0, "images": 9, "score": value}]}
-        for name, value in {"ddpm": 3.0, method: score}.items()
+        name: {"entrant": name, "seed": 0, "scores": [record | {"scores": {"ddpm": value}}]}
+        for name, value in {"ddpm": 3.0, entrant: score}.items()
     }
-    results = {**RESULTS, "runs": runs}
-    text = compare.table(results, compare.summarise(results))
-    assert f"| `{method}` | {score:.3f} | {cell} |" in text
+    settings = {"ladders": {"seconds": [4.0]}, "score_samplers": ["ddpm"]}
+    text = "\n".join(table_of({**RESULTS, "runs": runs, "settings": settings}))
+    assert f"| `{entrant}` | {score:.3f} | {cell} |" in text
 
 
 def test_the_command_in_the_table_can_be_pasted(tmp_path, monkeypatch):
-    words = ["--sampler_options", '{"clts": {"num_updates": 7}}', "--output_dir", "my runs/a"]
+    words = ["--variants", '{"clts": {"timestep_sampler_options": {"num_updates": 7}}}', "--output_dir", "my runs/a"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-    options = ComparisonOptions(output_dir=str(tmp_path), max_train_seconds=1.0)
-    command = open_results(tmp_path, options, [], {})["command"]
+    command = open_results(tmp_path, {}, {})["command"]
     assert shlex.split(command) == ["python", "compare.py", *words]
-    assert f"`{command}`" in compare.table({**RESULTS, "command": command}, compare.summarise(RESULTS))
+    assert any(f"`{command}`" in line for line in table_of({**RESULTS, "command": command}))
 
 
-def test_a_comparison_is_not_gone_on_with_after_a_method_has_become_another(tmp_path):
-    options = ComparisonOptions(output_dir=str(tmp_path), max_train_seconds=1.0)
-    parts = parts_of_methods(MethodOptions())
-    results = open_results(tmp_path, options, [], parts) | {"runs": RESULTS["runs"]}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    assert open_results(tmp_path, options, [], parts) == results
-    parts["adaptive"] = parts["adaptive"] | {"error_filter": "none"}
-    with pytest.raises(
-        ValueError, match=f"--output_dir {tmp_path}: its adaptive has the error_filter wiener, not none"
-    ):
-        open_results(tmp_path, options, [], parts)
+@pytest.mark.parametrize("kinds", [["seconds"], ["images"], ["seconds", "images"]])
+def test_plots_of_either_ladder_and_of_both(kinds, tmp_path):
+    ladders = {kind: RESULTS["settings"]["ladders"][kind] for kind in kinds}
+    compare.report({**RESULTS, "settings": {"ladders": ladders, "score_samplers": ["ddpm"]}}, tmp_path)
+    widths = {}
+    for picture in ("scores.png", "densities.png"):
+        with Image.open(tmp_path / picture) as image:
+            widths[picture] = image.width
+    assert widths["scores.png"] == (7 if len(kinds) == 1 else 12) * 110  # a panel a ladder
 
 
 @pytest.mark.parametrize(
@@ -110,64 +170,100 @@ def test_a_comparison_is_not_gone_on_with_after_a_method_has_become_another(tmp_
         (["--score_at", "nan", "1"], ["--score_at nan"]),
         (["--score_at", "0.5", "0.2", "1"], ["--score_at"]),
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
+        (["--max_train_seconds=1", "max_train_seconds=null"], ["--max_train_seconds or --score_at_images is required"]),
+        (["--score_at_images", "128", "64"], ["--score_at_images 128 64: must rise"]),
+        (["--score_at_images", "64", "100"], ["--score_at_images 100", "multiple of the 64 images of an update"]),
+        (["--score_samplers", "ddpm", "magic"], ["--score_samplers magic", "ddpm, ddim"]),
+        (["--score_samplers", "ddim", "ddim"], ["--score_samplers ddim ddim", "each once"]),
+        (["--stop_after", "0"], ["--stop_after 0.0"]),
         (["--train_batch_size", "0"], ["--train_batch_size 0"]),
-        (["--sampler_options", '{"magic": {}}'], ["--sampler_options magic", "adaptive"]),
-        (["--sampler_options", '{"ddpm": 3}'], ["--sampler_options ddpm 3", "JSON object"]),
-        (["--sampler_options", '{"adaptive": {"bogus": 1}}'], ["--timestep_sampler_options", "bogus"]),
+        (["--variants", '{"magic": {}}'], ["--variants magic", "needs a method", "adaptive"]),
+        (["--variants", '{"ddpm": 3}'], ["--variants ddpm", "mapping"]),
+        (["--variants", '{"../x": {"method": "ddpm"}}'], ["--variants ../x", "folder's name"]),
+        (["--variants", '{"x": {"method": "magic"}}'], ["--variants x", "method", "'magic'", "'adaptive'"]),
+        (["--variants", '{"x": {"method": "edm", "predict": 1}}'], ["--variants x", "'predict'", "prediction_type"]),
+        (["--variants", '{"x": {"method": "edm", "--seed": 1}}'], ["--variants x", "no option '--seed'"]),
+        (["--variants", '{"edm": {"prediction_type": "w"}}'], ["--variants edm", "prediction_type", "'w'"]),
+        (["--variants", '{"edm": {"seed": 1}}'], ["--variants edm", "seed", "comparison decides"]),
+        (["--variants", '{"edm": {"eval_num_images": 1}}'], ["--variants edm", "eval_num_images"]),
+        (["--variants", '{"adaptive": {"timestep_sampler_options": {"bogus": 1}}}'], ["--variants adaptive", "bogus"]),
+        (["--variants", '{"edm": {"loss_weighting": "magic"}}'], ["--variants edm", "--loss_weighting magic"]),
+        (["--variants", '{"edm": {"train_batch_size": 48}}', "--score_at_images", "64"], ["--variants edm", "the 48"]),
+        (["--variants", '{"edm": {"lr_scheduler": "cosine"}}'], ["--variants edm", "--lr_scheduler cosine"]),
+        (["--variants", "1"], ["--variants", "JSON object", "'1'"]),
+        (
+            ["--ddpm_num_steps", "100", "--ddpm_num_inference_steps", "9", "--methods", "ddpm", "speed"],
+            ["--methods speed", "SpeeD's boundary"],
+        ),
+        (["--lr_scheduler", "linear", "--methods", "ddpm"], ["--lr_scheduler linear"]),
+        (["--checkpointing_steps", "0"], ["--checkpointing_steps 0", "checkpoints"]),
         (["--seed", "5"], ["--seed", "--seeds"]),
         (["--method=p2"], ["--method", "--methods"]),
+        (["--max_train_steps", "9"], ["--max_train_steps", "--score_at_images"]),
         (["--overwrite_output_dir"], ["--overwrite_output_dir"]),
         (["method=ddpm"], ["--method", "gives each run its own"]),
         (["seed=3"], ["--seed", "gives each run its own"]),
-        (["output_dir=elsewhere"], ["--output_dir", "gives each run its own"]),
         (["--dry-run"], ["--dry_run", "gives each run its own"]),
         (["--resume-from-checkpoint", "latest"], ["--resume_from_checkpoint"]),
-        (["--sampler_options", "1"], ["--sampler_options", "JSON object", "'1'"]),
+        (["--sampler_options", "{}"], ["unrecognized arguments: --sampler_options"]),
     ],
 )
 def test_bad_flags_end_before_any_training(flags, parts, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        compare.main(["--output_dir", str(tmp_path / "out"), "--max_train_seconds", "1", *flags])
+        compare.main(["--methods", "edm", "--output_dir", str(tmp_path / "out"), "--max_train_seconds", "1", *flags])
     message = f"{exit.value.code} {capsys.readouterr().err}"
     for part in parts:
         assert part in message
     assert not (tmp_path / "out").exists()
 
 
-def test_two_methods_for_real_and_resumed(few_digits, tmp_path, capsys, monkeypatch):
-    fork_all_but_the_first(compare, monkeypatch)
+def test_the_output_folder_is_required(capsys):
+    with pytest.raises(SystemExit) as exit:
+        compare.main(["--max_train_seconds", "1"])
+    assert "--output_dir is required" in str(exit.value.code)
+
+
+def test_two_entrants_for_real(few_digits, tmp_path, monkeypatch):
+    fork_all_but_the_first(comparison.runs, monkeypatch)
     regnet = SHARED / "metrics" / "cifar10-regnet"
     if not regnet.is_dir():
         pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    (tmp_path / "race.yaml").write_text(f"""
+train:
+  dataset_name: {few_digits}
+  resolution: 8
+  unet: {json.dumps(TINY_UNET)}
+  train_batch_size: 8
+  ddpm_num_inference_steps: 2
+  logging_steps: 5
+  logger: none
+  eval_num_images: 330
+  eval_num_inference_steps: 2
+compare:
+  methods: [ddpm, bursting]
+  variants:
+    bursting: {{method: ddpm, learning_rate: 1e30, lr_warmup_steps: 0, max_nonfinite_steps: 1}}
+  score_samplers: [ddpm, ddim]
+  max_train_seconds: 1
+  score_at: [1]
+  score_at_images: [32]
+""")
     folder = tmp_path / "out"
-    flags = ["--output_dir", folder, "--max_train_seconds", 1, "--methods", "ddpm", "speed", "--score_at", 1]
-    flags += ["--dataset_name", few_digits, "--resolution", 8, "--unet", json.dumps(TINY_UNET), "--logger", "none"]
-    flags += ["--logging_steps", 5, "--eval_num_images", 330, "--eval_num_inference_steps", 2, "--train_batch_size", 8]
-    flags += ["--ddpm_num_steps", 100, "--ddpm_num_inference_steps", 2]  # too few for SpeeD's boundary: a failure
-    flags = [str(flag) for flag in [*flags, "--eval_feature_extractor", regnet]]
+    flags = ["--config", tmp_path / "race.yaml", "--eval_feature_extractor", regnet, "--output_dir", folder]
+    flags = [str(flag) for flag in flags]
     compare.main(flags)
     results = json.loads((folder / "results.json").read_text())
-    assert "SpeeD's boundary" in results["runs"]["speed-seed0"]["failed"]
-    (score,) = results["runs"]["ddpm-seed0"]["scores"]
-    assert score["score"] > 0
-    assert 1 <= score["seconds"] < 3
+    assert len(results["feature_extractor"]["weights_sha256"]) == 64
+    assert "not finite" in results["runs"]["bursting-seed0"]["failed"]
+    images, seconds = sorted(results["runs"]["ddpm-seed0"]["scores"], key=lambda score: "seconds" in score["reached"])
+    assert images["reached"] == {"images": 32}
+    assert (images["images"], images["steps"]) == (32, 4)
+    assert seconds["reached"] == {"seconds": 1.0}
+    assert 1 <= seconds["seconds"] < 3
+    assert all(
+        value > 0 for score in (images, seconds) for value in (score["scores"][name] for name in ("ddpm", "ddim"))
+    )
+    assert images["scores"]["ddpm"] != images["scores"]["ddim"]
     assert "`ddpm`" in (folder / "table.md").read_text()
     for picture in ("scores.png", "densities.png", "ddpm-seed0/samples/final.png"):
         Image.open(folder / picture).verify()
-
-    compare.main(flags)  # nothing is left to do
-    assert json.loads((folder / "results.json").read_text()) == results
-    with pytest.raises(SystemExit) as exit:
-        compare.main([*flags, "--max_train_seconds", "2"])
-    assert "other settings" in str(exit.value.code)
-
-    # Another seed, made elsewhere, is reported together with it; one with other settings is not
-    flags[flags.index("--output_dir") + 1] = str(tmp_path / "elsewhere")
-    clts = ["--methods", "clts", "--sampler_options", '{"clts": {"num_updates": 7}}']
-    with pytest.raises(SystemExit) as exit:
-        compare.main([*flags, *clts, "--join", str(folder)])
-    assert f"--join {folder}: its settings" in str(exit.value.code)
-    compare.main([*flags, "--methods", "ddpm", "--seeds", "1", "--join", str(folder)])
-    joined = json.loads((tmp_path / "elsewhere" / "joined.json").read_text())
-    assert set(joined["runs"]) == {"ddpm-seed0", "ddpm-seed1", "speed-seed0"}
-    assert "± " in (tmp_path / "elsewhere" / "table.md").read_text()

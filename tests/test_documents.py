@@ -27,9 +27,9 @@ import swap_test
 import throughput
 import train_autoencoder
 
-import compare
 import samplers
-from comparison.options import ComparisonOptions
+from comparison.entrants import check_training_flags
+from comparison.options import ComparisonOptions, read_command_line
 from generation.options import GenerationOptions
 from recipes import load_recipes, parse_options
 from scoring.options import EvaluationOptions
@@ -136,8 +136,8 @@ def understand(script, words):
     if script == "train_adaptive_ddpm.py":
         command_line(words)
     elif script == "compare.py":
-        namespace, rest = HfArgumentParser(options, allow_abbrev=False).parse_known_args(words)
-        compare.check_training_flags(options(**vars(namespace)), rest)
+        _, rest = read_command_line(words)
+        check_training_flags(rest)
         command_line(rest)
     elif "config" in {field.name for field in fields(options)}:
         parse_options(options, words)

@@ -6,11 +6,25 @@ import pytest
 from conftest import REPOSITORY
 
 from generation.options import GenerationOptions
-from recipes import JsonDict, parse_options
+from recipes import JsonDict, parse_options, read_options
 from scoring.options import EvaluationOptions
 from train_adaptive_ddpm import command_line
 
-RECIPES = [path for path in sorted((REPOSITORY / "configs").rglob("*.yaml")) if path.stem != "base"]
+RECIPES = [
+    path
+    for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))
+    if path.stem != "base" and path.parent.name != "races"  # of compare.py: see tests/comparison/test_races.py
+]
+
+
+@dataclass
+class ComparisonOptions:
+    """Of the script that takes recipes of training alone, too."""
+
+    _recipe_block = "compare"
+
+    config: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass
@@ -98,6 +112,58 @@ def test_every_recipe_of_ours_is_the_whole_protocol(path):
     assert trained.output_dir == generated.pipeline
     assert generated.output_dir == scored.input1
     assert generated.num_images > 2048  # the features of Inception
+
+
+# A recipe that names the one it inherits
+
+
+def test_a_recipe_inherits_another_with_all_that_this_inherits_and_then_what_is_nearer(tmp_path, capsys, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "base.yaml", "train:\n  seed: 2\n  unet: {a: 1}\n")
+    write(tmp_path / "plain.yaml", "train:\n  seed: 3\n  steps: 4\n  output_dir: plain\n  unet: {b: 2}\n")
+    write(tmp_path / "races" / "base.yaml", "train:\n  steps: 5\n  unet: {c: 3}\n")
+    path = write(tmp_path / "races" / "race.yaml", "inherits: ../plain.yaml\ntrain:\n  output_dir: race\n")
+    options = parse_options(Options, ["--config", path])
+    assert (options.seed, options.steps, options.output_dir) == (3, 5, "race")
+    assert options.unet == {"a": 1, "b": 2, "c": 3}
+    assert capsys.readouterr().err == "options from base.yaml, plain.yaml, races/base.yaml, races/race.yaml\n"
+
+
+def test_a_flat_recipe_may_inherit_another(tmp_path):
+    write(tmp_path / "plain.yaml", "train:\n  seed: 3\n")
+    path = write(tmp_path / "flat.yaml", "inherits: plain.yaml\nsteps: 4\n")
+    options = parse_options(Options, ["--config", path])
+    assert (options.seed, options.steps) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("inherits: none.yaml\ntrain: {}\n", "line 1: inherits none.yaml: no such file"),
+        ("train: {}\ninherits: [r.yaml]\n", "line 2: inherits ['r.yaml']: must be the path of a recipe"),
+        ("inherits:\n", "line 1: inherits None: must be the path of a recipe"),
+        ("inherits: r.yaml\ntrain: {}\n", "line 1: inherits r.yaml: inherits itself"),
+        ("inherits: .\n", "line 1: inherits .: is not a file"),
+        ("inherits: other.yaml\n", "line 1: inherits r.yaml: inherits itself"),
+    ],
+)
+def test_what_cannot_be_inherited_is_refused_by_file_and_line(content, message, tmp_path, capsys):
+    write(tmp_path / "other.yaml", "inherits: r.yaml\n")
+    assert message in refusal(["--config", write(tmp_path / "r.yaml", content)], capsys)
+
+
+@pytest.mark.parametrize("content", ["train:\n  seed: 3\n", "seed: 3\n", ""])
+def test_a_comparison_takes_a_recipe_of_training_alone(content, tmp_path):
+    options, others = read_options(ComparisonOptions, ["--config", write(tmp_path / "r.yaml", content), "--seed", "4"])
+    assert options.seeds == [0]
+    assert others == ["--seed", "4"]
+
+
+def test_a_comparison_takes_its_block(tmp_path):
+    path = write(tmp_path / "r.yaml", "train:\n  seed: 3\ncompare:\n  seeds: [4, 5]\n")
+    assert read_options(ComparisonOptions, ["--config", path])[0].seeds == [4, 5]
+    assert parse_options(Options, ["--config", path]).seed == 3
 
 
 # Assignments

@@ -76,6 +76,12 @@ class Evaluator:
         self.has_reference = False
 
     @property
+    def feature_extractor(self) -> dict[str, str]:
+        """{"name", "weights_sha256"} of what looks at the images."""
+        description = self.metric.inception.description
+        return {"name": description["model"], "weights_sha256": description["weights_sha256"]}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the score depends on, for a record of it."""
         return {name: getattr(self.options, name) for name in ("eval_num_images", "eval_num_inference_steps")}

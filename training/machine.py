@@ -2,6 +2,7 @@
 
 import platform
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +12,16 @@ import torch
 def library_versions() -> dict[str, str]:
     """{package: version} of what decides speed and numbers."""
     return {name: version(name) for name in ("torch", "diffusers", "accelerate")}
+
+
+def code_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The git commit of the code in this folder, and a "+" if files that git knows have been changed since; None where
+    git knows none."""
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit
+        return None
 
 
 def device_name(device: torch.device) -> str:

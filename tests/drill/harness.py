@@ -46,7 +46,7 @@ COMPARING = [
     *("--max_train_seconds", "0.5", "--methods", *METHODS, "--score_at", "1", "--dataset_name", "digits"),
     *("--resolution", "8", "--unet", json.dumps(TINY_UNET), "--logger", "none", "--logging_steps", "5"),
     *("--eval_num_images", "330", "--eval_num_inference_steps", "2", "--train_batch_size", "8"),
-    *("--ddpm_num_steps", "100", "--ddpm_num_inference_steps", "2", "--eval_feature_extractor", str(EXTRACTOR)),
+    *("--ddpm_num_inference_steps", "2", "--eval_feature_extractor", str(EXTRACTOR)),
 ]
 TIMEOUT = 120  # seconds, of a start that takes two; a comparison gets more
 # In checkpoints: the clock's; and Python's own generator, from which training draws nothing, and launchers do

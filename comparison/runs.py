@@ -1,0 +1,149 @@
+"""The runs of a comparison, which take turns: each trains to its next stop, and is scored there."""
+
+import ctypes
+import itertools
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from comparison.entrants import Entrant, assignments
+from comparison.options import ComparisonOptions, Ladders
+from pipelines import SCHEDULERS, load_pipeline
+from training.evaluation import Evaluator
+from training.log import METRICS_FILE, read_metrics
+from training.output import SUMMARY_FILE
+from training.saving import read_json
+
+Run = dict[str, Any]  # {"entrant", "seed", "scores": [...]}, as in results.json
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+TRAINING_SCRIPT = Path(__file__).parent.parent / "train_adaptive_ddpm.py"
+
+
+def begin_runs(runs: dict[str, Run], options: ComparisonOptions) -> list[Run]:
+    """The runs that the options ask for, in the order of their turns; those that are not in `runs` yet are added."""
+    asked = []
+    for seed, entrant in itertools.product(options.seeds, options.methods):
+        run = runs.setdefault(f"{entrant}-seed{seed}", {"entrant": entrant, "seed": seed, "scores": []})
+        run.pop("failed", None)  # what failed may have been a full disk: it is tried again
+        asked.append(run)
+    return asked
+
+
+def next_run(runs: list[Run], ladders: Ladders) -> Run | None:
+    """Whose turn it is: of the runs that have not come to their end, the first of those that have had the fewest turns.
+    None if there is none."""
+    unfinished = [run for run in runs if "failed" not in run and stops_left(run, ladders)]
+    return min(unfinished, key=lambda run: len(run["scores"]), default=None)
+
+
+def reached(run: Run, kind: str) -> float:
+    """The last stop of that ladder, "seconds" or "images", that a run has come to; 0 before the first."""
+    return max((score["reached"].get(kind, 0) for score in run["scores"]), default=0)
+
+
+def stops_left(run: Run, ladders: Ladders) -> int:
+    """How many stops a run has before it."""
+    return sum(stop > reached(run, kind) for kind, stops in ladders.items() for stop in stops)
+
+
+def next_stops(run: Run, ladders: Ladders) -> dict[str, float | None]:
+    """{"seconds", "images"} where a run is to stop next, whichever it comes to first; None where it has no such stop
+    before it."""
+    return {
+        kind: next((stop for stop in ladders.get(kind, []) if stop > reached(run, kind)), None)
+        for kind in ("seconds", "images")
+    }
+
+
+def stops_passed(run: Run, ladders: Ladders, summary: dict[str, float]) -> dict[str, float]:
+    """The last stop of each ladder that a run has come to since its last score, if any.
+
+    Args:
+        summary: {"seconds", "images"} that it has trained.
+    """
+    passed = {
+        kind: [stop for stop in stops if reached(run, kind) < stop <= summary[kind]] for kind, stops in ladders.items()
+    }
+    return {kind: stops[-1] for kind, stops in passed.items() if stops}
+
+
+def train_and_score(
+    run: Run,
+    entrant: Entrant,
+    folder: Path,
+    training_flags: list[str],
+    options: ComparisonOptions,
+    evaluator: Evaluator,
+) -> None:
+    """Train a run to its next stop, score it, and note both in `run`; or why that failed."""
+    run_folder, ladders = folder / f"{run['entrant']}-seed{run['seed']}", options.ladders
+    if failure := train(run, entrant, run_folder, training_flags, ladders):
+        run["failed"] = failure
+        return
+    summary = read_json(run_folder / SUMMARY_FILE)
+    if summary["stopped_by"] == "signal":
+        raise OSError(f"{run_folder} was stopped by a signal, before its next stop; the same command goes on")
+    trained = {"seconds": summary["seconds"]["train"], "steps": summary["steps"], "images": summary["images"]}
+    passed = stops_passed(run, ladders, trained)
+    at_an_end = any(stop == ladders[kind][-1] for kind, stop in passed.items())
+    samplers = options.score_samplers if at_an_end else options.score_samplers[:1]
+    try:
+        scores = {sampler: score(run_folder, sampler, evaluator) for sampler in samplers}
+    except FloatingPointError as error:  # weights or images that are not finite
+        run["failed"] = str(error)
+        return
+    run["scores"].append({"reached": passed, **trained, "scores": scores})
+    run |= read_log(run_folder / METRICS_FILE)
+
+
+def train(run: Run, entrant: Entrant, run_folder: Path, training_flags: list[str], ladders: Ladders) -> str | None:
+    """Train a run to its next stop. Returns why that failed; None where it did not."""
+    stops = next_stops(run, ladders)
+    budget = {
+        "max_train_seconds": stops["seconds"],
+        "max_train_steps": stops["images"] and int(stops["images"]) // entrant.images_per_step,
+        "num_epochs": None,
+    }
+    command = [sys.executable, TRAINING_SCRIPT, *training_flags, "--output_dir", run_folder, "--seed", run["seed"]]
+    command += ["--resume_from_checkpoint", "latest", *assignments({**entrant.options, **budget})]
+    command += [] if stops_left(run, ladders) == 1 else ["--eval_batch_size", 0]  # a grid of samples at the end
+    with run_folder.with_name(f"{run_folder.name}.log").open("a") as log:
+        words = [str(part) for part in command]
+        status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent).returncode
+    if status:
+        lines = Path(log.name).read_text().splitlines() or [""]
+        return f"exit status {status}: {lines[-1]}"
+    return None
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when its parent ends, in whatever way: it would hold its folder against the next
+    comparison. Its checkpoints outlive that. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def score(run_folder: Path, sampler: str, evaluator: Evaluator) -> float:
+    """The Fréchet distance of images by a run's averaged weights and the chain `sampler`, deterministic if DDIM's.
+
+    Raises:
+        FloatingPointError: weights or images are not finite.
+    """
+    pipeline = load_pipeline(str(run_folder))
+    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
+    return evaluator.score(pipeline)
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """Of a run's metrics.jsonl: density and weight, early and late; and the share of updates whose gradient was
+    clipped, where that is logged."""
+    records = read_metrics(path)
+    tables = [record for record in records if "density" in record]
+    found = {
+        name: {"early": tables[len(tables) // 8][name], "late": tables[-1][name]} for name in ("density", "weight")
+    }
+    clipped = [share for record in records if (share := record.get("grad_norm_clipped")) is not None]
+    return found | ({"clipped": statistics.mean(clipped)} if clipped else {})
