@@ -36,9 +36,9 @@ from pipelines.files import named_save_errors
 from progress import progress_bar
 from recipes import check_ranges, one_line_errors, parse_options
 from scoring.feature_extractors import load_extractor
+from scoring.fidelity import scoring_library_versions
 from scoring.frechet_metric import make_frechet_metric
-from training.machine import device_name, library_versions
-from training.options import validation_share
+from training.machine import device_name
 from training.saving import write_json
 from training.validation import divide
 
@@ -86,9 +86,6 @@ class ExtractorOptions:
         check_ranges(self, RANGES)
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(f"--mixed_precision {self.mixed_precision}: must be one of {', '.join(PRECISIONS)}")
-        share = validation_share(self.validation_split)
-        if share is not None and not 0 < share < 1:
-            raise ValueError(f"--validation_split {share}: must be a share in (0, 1), or the name of a split")
 
 
 def main(options: ExtractorOptions) -> None:
@@ -110,21 +107,23 @@ def main(options: ExtractorOptions) -> None:
             preprocessing(dataset.resolution).save_pretrained(options.output_dir)
 
         extractor = load_extractor(options.output_dir)
-        results = {
+        measured = {
             "weights_sha256": extractor.description["weights_sha256"],
             "features": extractor.num_features,
             "parameters": sum(parameter.numel() for parameter in classifier.base_model.parameters()),
             "seconds": seconds,
             "test_accuracy": accuracy(classifier.eval(), test_images.decode_all(), test_labels),
             "frechet_distances": frechet_distances(options.output_dir, dataset, test_images, device),
+        }
+        print(*(f"{name}: {value}" for name, value in measured.items()), sep="\n")
+        settings = {
             "options": asdict(options),
             "device": device_name(device),
-            "versions": library_versions(),
+            "versions": scoring_library_versions(),
             "command": " ".join(["python", *sys.argv]),
         }
-        print(*(f"{name}: {value}" for name, value in list(results.items())[:6]), sep="\n")
         if options.output_json:
-            write_json(results, Path(options.output_json))
+            write_json(measured | settings, Path(options.output_json))
 
 
 def open_data(options: ExtractorOptions) -> tuple[ImageDataset, torch.Tensor, ImageDataset, torch.Tensor]:

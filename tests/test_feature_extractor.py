@@ -141,7 +141,6 @@ def test_nothing_is_written_over(trained, tmp_path):
         (["--learning_rate", "nan"], r"--learning_rate nan: must be in \(0, inf\)"),
         (["--num_epochs", 0], r"--num_epochs 0: must be in \[1, 2\*\*20\]"),
         (["--mixed_precision", "fp16"], "--mixed_precision fp16: must be one of no, bf16"),
-        (["--validation_split", "1.5"], r"--validation_split 1.5: must be a share in \(0, 1\)"),
     ],
 )
 def test_bad_values_are_refused_by_name(flags, message, capsys):
