@@ -24,7 +24,9 @@ from diffusers import AutoencoderKL
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from images import ImageDataset, check_output_outside_data, normalize, open_images, training_batches
+from new_outputs import check_new_folder, check_new_record
+
+from images import ImageDataset, normalize, open_images, training_batches
 from pipelines import make_grid_image
 from pipelines.files import named_save_errors
 from progress import progress_bar
@@ -130,19 +132,11 @@ def main(options: AutoencoderOptions) -> None:
 
 def check_outputs(options: AutoencoderOptions) -> Path | None:
     """The picture's path. Raises ValueError, naming the flag, where something would be written over."""
-    check_output_outside_data(options.output_dir, options.dataset_name)
-    folder = Path(options.output_dir)
-    if os.path.lexists(folder) and not (folder.is_dir() and not os.listdir(folder)):
-        raise ValueError(f"--output_dir {folder}: must be a new or an empty folder, as nothing is written over")
+    check_new_folder(options.output_dir, options.dataset_name)
     if options.output_json is None:
         return None
-    record = Path(options.output_json)
-    if record.suffix != ".json" or not record.parent.is_dir():
-        raise ValueError(f"--output_json {record}: must be a file name that ends in .json, in a folder that exists")
-    for path in (record, record.with_suffix(".png")):
-        if os.path.lexists(path):
-            raise ValueError(f"--output_json {record}: {path} is there already, and nothing is written over")
-    return record.with_suffix(".png")
+    check_new_record(options.output_json, ".png")
+    return Path(options.output_json).with_suffix(".png")
 
 
 def open_data(options: AutoencoderOptions) -> tuple[ImageDataset, ImageDataset]:

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cached_latents
+import feature_extractor
 import gradient_probe
 import method_pictures
 import rivals_behaviour
@@ -61,6 +62,7 @@ OPTIONS = {
     "swap_test.py": swap_test.SwapOptions,
     "throughput.py": throughput.ThroughputOptions,
     "cached_latents.py": cached_latents.CachedLatentsOptions,
+    "feature_extractor.py": feature_extractor.ExtractorOptions,
     "train_autoencoder.py": train_autoencoder.AutoencoderOptions,
 }
 OF_ACCELERATE = {"--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--cpu"}
