@@ -10,10 +10,11 @@ from recipes import JsonDict, parse_options, read_options
 from scoring.options import EvaluationOptions
 from train_adaptive_ddpm import command_line
 
+CONFIGS = REPOSITORY / "configs"
 RECIPES = [
     path
-    for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))
-    if path.stem != "base" and path.parent.name != "races"  # of compare.py: see tests/comparison/test_races.py
+    for path in sorted(CONFIGS.rglob("*.yaml"))  # those of races: see tests/comparison/test_races.py
+    if path.stem != "base" and "races" not in path.relative_to(CONFIGS).parts
 ]
 
 
