@@ -25,7 +25,7 @@ from accelerate import PartialState
 from comparison.entrants import Entrant, check_training_flags, plan_entrants
 from comparison.options import ComparisonOptions, read_command_line
 from comparison.plots import plot_densities, plot_scores
-from comparison.results import RESULTS_FILE, check_same_extractor, join, joined_results, open_results, settings_of
+from comparison.results import RESULTS_FILE, check_same_extractor, join, open_joined, open_results, settings_of
 from comparison.runs import begin_runs, next_run, stops_left, train_and_score
 from comparison.summary import summarise, table
 from images import check_output_outside_data
@@ -71,7 +71,7 @@ def compare(
     """
     folder = Path(options.output_dir)
     results = open_results(folder, settings_of(options, training_options), entrants)
-    others = {other: joined_results(other, results) for other in options.join}
+    others = open_joined(options.join, results)
     dataset, _ = open_training_data(training_options)
     print(dataset.describe())
     evaluator = Evaluator(
@@ -101,7 +101,7 @@ def compare(
     progress.close()
 
     if others:
-        join(results, list(others.values()))
+        join(results, others)
         write_json(results, folder / "joined.json")
     report(results, folder)
 

@@ -14,6 +14,7 @@ from comparison.options import ComparisonOptions, Ladders
 from pipelines import SCHEDULERS, load_pipeline
 from training.evaluation import Evaluator
 from training.log import METRICS_FILE, read_metrics
+from training.machine import code_commit
 from training.output import SUMMARY_FILE
 from training.saving import read_json
 
@@ -79,7 +80,7 @@ def train_and_score(
     evaluator: Evaluator,
 ) -> None:
     """Train a run to its next stop, score it, and note both in `run`; or why that failed."""
-    run_folder, ladders = folder / f"{run['entrant']}-seed{run['seed']}", options.ladders
+    run_folder, ladders, commit = folder / f"{run['entrant']}-seed{run['seed']}", options.ladders, code_commit()
     if failure := train(run, entrant, run_folder, training_flags, ladders):
         run["failed"] = failure
         return
@@ -95,7 +96,7 @@ def train_and_score(
     except FloatingPointError as error:  # weights or images that are not finite
         run["failed"] = str(error)
         return
-    run["scores"].append({"reached": passed, **trained, "scores": scores})
+    run["scores"].append({"reached": passed, **trained, "commit": commit, "scores": scores})
     run |= read_log(run_folder / METRICS_FILE)
 
 

@@ -17,7 +17,7 @@ class Curve(NamedTuple):
         stops: [n] seconds of training, or images.
         means, spreads: [n] over seeds, by the first of the samplers; a spread is None of a single seed.
         others: {sampler: (mean, spread)} by the others, at the last stop of the ladder.
-        speed_up: see `speed_up`; None where the baseline's last score was never reached, or there is no baseline.
+        speed_up: see `against`; None where the baseline's last score was never reached, or there is no baseline.
         is_lower_bound: the first score is already better.
     """
 
@@ -88,26 +88,29 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def against(curve: Curve, reference: Curve) -> Curve:
-    """The curve with its speed-up over that of the baseline."""
+    """The curve with its speed-up over that of the baseline: the time, or number of images, at which the baseline's
+    mean score first reached its last one, over that at which the curve's did.
+
+    Both are first times: a baseline that had this score earlier, and lost it again, is not given the whole time. Where
+    the first score is already better than what the baseline had reached by then, it is a lower bound."""
     target = reference.means[-1]
+    needed = first_reached(curve, target)
     return curve._replace(
-        speed_up=speed_up(curve, reference.stops[-1], target),
-        is_lower_bound=bool(curve.means) and curve.means[0] < target,
+        speed_up=first_reached(reference, target) / needed if needed else None,
+        is_lower_bound=bool(curve.means) and curve.means[0] < min(target, reference.means[0]),
     )
 
 
-def speed_up(curve: Curve, whole: float, target: float) -> float | None:
-    """The `whole` time, or number of images, over that at which the mean score first reached `target`, linear between
-    two scores.
-
-    None if it never did; where the first score is already better, a lower bound."""
+def first_reached(curve: Curve, target: float) -> float | None:
+    """The time, or number of images, at which the mean score first reached `target`, linear between two scores; None if
+    it never did. Where the first score is already better, this is its own."""
     stops, means = curve.stops, curve.means
     for i, (stop, score) in enumerate(zip(stops, means, strict=True)):
         if score <= target:
             if i > 0:
                 share = (means[i - 1] - target) / (means[i - 1] - score)
                 stop = stops[i - 1] + share * (stop - stops[i - 1])
-            return whole / stop
+            return stop
     return None
 
 
@@ -117,17 +120,20 @@ def speed_up(curve: Curve, whole: float, target: float) -> float | None:
 def table(results: dict[str, Any], entrants: dict[str, Summary]) -> str:
     """The results as Markdown: a section for each ladder."""
     ladders, plain = results["settings"]["ladders"], baseline(results)
+    commands = "; ".join(f"`{command}`" for command in results["commands"])
     sections = [f"## {HEADINGS[kind]}\n\n{section(results, entrants, kind)}\n" for kind in ladders]
     failures = [
         f"`{run['entrant']}`, seed {run['seed']}: {run['failed']}" for s in entrants.values() for run in s["failed"]
     ]
-    over = f" Speed-up: the time, or the images, that `{plain}` had, over what the mean score needed to reach its final"
+    over = (
+        f" Speed-up: the time, or the images, after which `{plain}` first had its final mean score, over those after "
+        "which the method had it; ≥ where the first score is already better."
+    )
     return "\n".join(
         [
             *sections,
-            "Lower is better; mean ± standard deviation over seeds."
-            + (f"{over} one; ≥ where the first score is already better." if plain in entrants else ""),
-            f"Device: {results['device']}. Commit: {', '.join(map(str, results['commits']))}. `{results['command']}`",
+            "Lower is better; mean ± standard deviation over seeds." + (over if plain in entrants else ""),
+            f"Device: {results['device']}. Commit: {', '.join(map(str, results['commits']))}. {commands}",
             *failures,
             "",
         ]

@@ -37,7 +37,7 @@ def results_of(scores):
         "score": "fd",
         "device": "abacus",
         "commits": ["c0ffee"],
-        "command": "python compare.py",
+        "commands": ["python compare.py"],
     }
 
 
@@ -74,6 +74,22 @@ def test_speed_up_is_over_the_time_at_which_the_baselines_last_score_is_reached(
     assert entrants["edm"]["images_per_second"] == 100
 
 
+@pytest.mark.parametrize(
+    ("baseline", "method", "cell"),
+    [
+        ([9.0, 3.0, 4.0], [9.0, 3.0, 4.0], "1.00×"),  # it first had 4 after 1 5/6 s, not after 4
+        ([9.0, 3.0, 4.0], [9.0, 9.0, 4.0], f"{(1 + 5 / 6) / 4:.2f}×"),
+        ([9.0, 3.0, 4.0], [3.9, 9.0, 9.0], f"≥{1 + 5 / 6:.2f}×"),
+        ([3.0, 5.0, 4.0], [3.5, 3.0, 3.0], "1.00×"),  # both had it by the first score, the baseline perhaps sooner
+        ([3.0, 5.0, 4.0], [2.5, 3.0, 3.0], "≥1.00×"),
+    ],
+)
+def test_a_baseline_that_is_not_monotone_has_a_speed_up_of_1_itself(baseline, method, cell):
+    lines = table_of(results_of({("ddpm", 0): baseline, ("edm", 0): method}))
+    cells = {line.split("`")[1]: line.split("|")[6].strip() for line in lines[4:6]}
+    assert cells == {"ddpm": "1.00×", "edm": cell}
+
+
 def test_in_images_it_is_over_the_number_of_images():
     curves = {name: summary["curves"]["images"] for name, summary in compare.summarise(RESULTS).items()}
     assert curves["ddpm"].stops == IMAGES
@@ -89,7 +105,7 @@ def test_the_baseline_is_plain_ddpm_by_whatever_name():
     assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up is None
     results["entrants"]["uniform"] = {"options": {"method": "ddpm"}}
     assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up == pytest.approx(4 / (1 + 2 / 3))
-    assert any("that `uniform` had" in line for line in table_of(results))
+    assert any("`uniform` first had its final mean score" in line for line in table_of(results))
 
 
 def test_the_table_ranks_entrants_and_names_failures():
@@ -146,9 +162,9 @@ def test_of_a_single_score_a_speed_up_is_a_lower_bound_where_the_method_is_bette
 def test_the_command_in_the_table_can_be_pasted(tmp_path, monkeypatch):
     words = ["--variants", '{"clts": {"timestep_sampler_options": {"num_updates": 7}}}', "--output_dir", "my runs/a"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-    command = open_results(tmp_path, {}, {})["command"]
+    (command,) = open_results(tmp_path, {}, {})["commands"]
     assert shlex.split(command) == ["python", "compare.py", *words]
-    assert any(f"`{command}`" in line for line in table_of({**RESULTS, "command": command}))
+    assert any(f"`{command}`; `b`" in line for line in table_of({**RESULTS, "commands": [command, "b"]}))
 
 
 @pytest.mark.parametrize("kinds", [["seconds"], ["images"], ["seconds", "images"]])
@@ -186,6 +202,8 @@ def test_plots_of_either_ladder_and_of_both(kinds, tmp_path):
         (["--variants", '{"edm": {"prediction_type": "w"}}'], ["--variants edm", "prediction_type", "'w'"]),
         (["--variants", '{"edm": {"seed": 1}}'], ["--variants edm", "seed", "comparison decides"]),
         (["--variants", '{"edm": {"eval_num_images": 1}}'], ["--variants edm", "eval_num_images"]),
+        (["--variants", '{"edm": {"dataset_name": "x"}}'], ["--variants edm", "dataset_name", "comparison decides"]),
+        (["--variants", '{"edm": {"resolution": 4}}'], ["--variants edm", "resolution", "comparison decides"]),
         (["--variants", '{"adaptive": {"timestep_sampler_options": {"bogus": 1}}}'], ["--variants adaptive", "bogus"]),
         (["--variants", '{"edm": {"loss_weighting": "magic"}}'], ["--variants edm", "--loss_weighting magic"]),
         (["--variants", '{"edm": {"train_batch_size": 48}}', "--score_at_images", "64"], ["--variants edm", "the 48"]),

@@ -187,6 +187,13 @@ def test_the_commits_that_made_the_runs_are_noted(race, capsys, monkeypatch):
         assert ("goes on by commit b1+, after a0" in capsys.readouterr().err) == (commit == "b1+")
 
 
+def test_every_score_has_the_commit_that_its_run_was_at(race, monkeypatch):
+    commits = iter(["a0", "b1"])
+    monkeypatch.setattr(comparison.runs, "code_commit", lambda: next(commits))
+    (run,) = race(*IN_TIME, "--methods", "ddpm")["runs"].values()
+    assert [score["commit"] for score in run["scores"]] == ["a0", "b1"]
+
+
 def test_parts_are_joined_and_another_extractor_is_not(race, monkeypatch):
     race(*IN_TIME, *IN_IMAGES, "--seeds", "1", folder="elsewhere")
     race(*IN_TIME, *IN_IMAGES, "--join", str(race.folder / "elsewhere"))
