@@ -85,9 +85,10 @@ def compare(
 
     ladders, runs = options.ladders, begin_runs(results["runs"], options)
     total, left = len(runs) * sum(map(len, ladders.values())), sum(stops_left(run, ladders) for run in runs)
-    progress = progress_bar(total=total, initial=total - left, unit="stop")
+    progress, left_at_first = progress_bar(total=total, initial=total - left, unit="stop"), left
     while (run := next_run(runs, ladders)) is not None:
-        if options.stop_after is not None and time.monotonic() - begun > options.stop_after:
+        is_over = options.stop_after is not None and time.monotonic() - begun > options.stop_after
+        if is_over and left < left_at_first:  # a call comes one stop farther, however short its time
             progress.close()
             return print(
                 f"{left} of {total} stops are left after --stop_after {options.stop_after:g} s; "

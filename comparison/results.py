@@ -201,7 +201,7 @@ def check_same_extractor(flag: str, results: dict[str, Any], extractor: dict[str
 
     Args:
         flag: whose folder the results are from.
-        extractor: {"name", "weights_sha256"} now.
+        extractor: {"name", "weights_sha256", ...} now.
 
     Raises:
         ValueError: naming both.
