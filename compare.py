@@ -25,7 +25,7 @@ from accelerate import PartialState
 from comparison.entrants import Entrant, check_training_flags, plan_entrants
 from comparison.options import ComparisonOptions, read_command_line
 from comparison.plots import plot_densities, plot_scores
-from comparison.results import RESULTS_FILE, check_same_extractor, join, joined_results, open_results, settings_of
+from comparison.results import RESULTS_FILE, check_same_extractor, join, open_joined, open_results, settings_of
 from comparison.runs import begin_runs, next_run, stops_left, train_and_score
 from comparison.summary import summarise, table
 from images import check_output_outside_data
@@ -71,7 +71,7 @@ def compare(
     """
     folder = Path(options.output_dir)
     results = open_results(folder, settings_of(options, training_options), entrants)
-    others = {other: joined_results(other, results) for other in options.join}
+    others = open_joined(options.join, results)
     dataset, _ = open_training_data(training_options)
     print(dataset.describe())
     evaluator = Evaluator(
@@ -85,9 +85,10 @@ def compare(
 
     ladders, runs = options.ladders, begin_runs(results["runs"], options)
     total, left = len(runs) * sum(map(len, ladders.values())), sum(stops_left(run, ladders) for run in runs)
-    progress = progress_bar(total=total, initial=total - left, unit="stop")
+    progress, left_at_first = progress_bar(total=total, initial=total - left, unit="stop"), left
     while (run := next_run(runs, ladders)) is not None:
-        if options.stop_after is not None and time.monotonic() - begun > options.stop_after:
+        is_over = options.stop_after is not None and time.monotonic() - begun > options.stop_after
+        if is_over and left < left_at_first:  # a call comes one stop farther, however short its time
             progress.close()
             return print(
                 f"{left} of {total} stops are left after --stop_after {options.stop_after:g} s; "
@@ -101,7 +102,7 @@ def compare(
     progress.close()
 
     if others:
-        join(results, list(others.values()))
+        join(results, others)
         write_json(results, folder / "joined.json")
     report(results, folder)
 

@@ -33,6 +33,7 @@ Options = TypeVar("Options")
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 BLOCKS = ("train", "generate", "evaluate", "compare")  # of a recipe, each for the script of that kind
 OPTIONAL_BLOCK = "compare"  # its script takes recipes of training alone, too
+BASE = "base.yaml"  # inherited by all recipes beside and below it
 INHERITS = "inherits"  # beside the blocks: another recipe, by its path from this one's folder
 
 
@@ -53,7 +54,9 @@ class JsonDict(dict):
         try:
             json.dumps(self, allow_nan=False)
         except ValueError as error:
-            raise ArgumentTypeError("expected finite numbers, not NaN or infinity") from error
+            raise ArgumentTypeError(
+                "expected finite numbers, not NaN or infinity (where it stands for an option that takes infinity: inf)"
+            ) from error
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
@@ -221,8 +224,8 @@ def base_files(recipe: Path) -> list[Path]:
     if roots:
         folders = [folder for folder in recipe.parents if folder.is_relative_to(roots[0])]
     else:
-        folders = [recipe_folder, *takewhile(lambda above: os.path.isfile(above / "base.yaml"), folders_above)]
-    bases = [folder / "base.yaml" for folder in reversed(folders)]
+        folders = [recipe_folder, *takewhile(lambda above: os.path.isfile(above / BASE), folders_above)]
+    bases = [folder / BASE for folder in reversed(folders)]
     return [base for base in bases if os.path.isfile(base)]
 
 
@@ -238,11 +241,15 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action], block: str | N
 
     Raises:
         ValueError: a file that cannot be read or is no mapping, an option that does not exist, or a value that it
-            does not take; with the file and the line.
+            does not take; with the file and the line. Or neither the recipe nor one that it names has the block.
     """
-    recipe = {}
+    recipe, contents = {}, {file: read_block(file, block) for file in files}
+    named = [file for file in files if file == files[-1] or file.name != BASE]
+    if named and all(contents[file] is None for file in named):
+        blocks = [name for name in read_yaml_mapping(files[-1]) if name in BLOCKS]
+        raise ValueError(f"{files[-1]} has no block {block!r}, but {', '.join(blocks)}")
     for file in files:
-        for name, node in read_block(file, block, is_needed=file == files[-1]).items():
+        for name, node in (contents[file] or {}).items():
             where = f"{file}, line {line_number(node.start_mark)}"
             if name not in flags or name == "config":
                 raise ValueError(f"{where}: there is no option {name!r}{did_you_mean(name, flags)}")
@@ -256,11 +263,12 @@ def load_recipes(files: Sequence[Path], flags: dict[str, Action], block: str | N
     return {name: value for name, value in recipe.items() if value is not None}  # null: the option's default
 
 
-def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml.Node]:
-    """The options in a recipe: all of a flat one; of one that has blocks, those of this block.
+def read_block(file: Path, block: str | None) -> dict[str, yaml.Node] | None:
+    """The options in a recipe: all of a flat one; of one that has blocks, those of this block; None where it has others
+    only.
 
     Raises:
-        ValueError: it `is_needed` and the recipe has others only, or there are options outside of the blocks.
+        ValueError: there are options outside of the blocks.
     """
     mapping = read_yaml_mapping(file)
     mapping.pop(INHERITS, None)
@@ -273,9 +281,7 @@ def read_block(file: Path, block: str | None, is_needed: bool) -> dict[str, yaml
         line = line_number(mapping[name].start_mark)
         raise ValueError(f"{file}, line {line}: {name!r} stands outside of the blocks ({', '.join(blocks)})")
     if block not in blocks:
-        if is_needed:
-            raise ValueError(f"{file} has no block {block!r}, but {', '.join(blocks)}")
-        return {}
+        return None
     node = mapping[block]
     if node.tag == NULL:
         return {}

@@ -12,7 +12,7 @@ from samplers import METHODS
 from train_adaptive_ddpm import with_default_recipe
 from training.methods import method_of
 from training.noise_schedule import build_noise_scheduler
-from training.options import ScoreOptions, TrainingOptions
+from training.options import DataOptions, ScoreOptions, TrainingOptions, ValidationOptions
 from training.plan import plan_run
 
 # Options of training that a comparison decides
@@ -27,7 +27,10 @@ OF_EACH_RUN = (
     "resume_from_checkpoint",
     "dry_run",
 )
-OF_ALL = ("config", *(field.name for field in fields(ScoreOptions)))  # and those that all entrants share
+OF_ALL = (  # and those that all entrants share
+    "config",
+    *(field.name for group in (DataOptions, ScoreOptions, ValidationOptions) for field in fields(group)),
+)
 
 
 class Entrant(NamedTuple):

@@ -47,7 +47,7 @@ class ComparisonOptions:
         default_factory=lambda: ["ddpm"],
         metadata={"help": "ddpm, ddim: what draws the images that are scored; all but the first at the end alone."},
     )
-    stop_after: float | None = HfArg(default=None, help="Seconds after which to begin no further slice of a run.")
+    stop_after: float | None = HfArg(default=None, help="Seconds after which to begin no slice of a run but the first.")
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 
     def __post_init__(self):

@@ -1,5 +1,7 @@
 """Scores against time and images, and densities, of several methods."""
 
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from comparison.summary import Summary
 matplotlib.use("agg")
 
 COLOURS = plt.get_cmap("tab20").colors
-STYLES = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS)  # one for each entrant
+STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
 LABELS = {"seconds": "seconds of training", "images": "images trained on"}
 
 
@@ -23,11 +25,10 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
         1, len(kinds), figsize=(2 + 5 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, kind in zip(axes.flat, kinds, strict=True):
-        axis.set_prop_cycle(STYLES)
-        for name, summary in entrants.items():
-            curve, label = summary["curves"][kind], name if kind == kinds[0] else None  # once in the legend
+        for name, style in styles(entrants).items():
+            curve, label = entrants[name]["curves"][kind], name if kind == kinds[0] else None  # once in the legend
             errors = [deviation or 0 for deviation in curve.spreads]
-            axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style(name))
+            axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
         axis.set(xlabel=LABELS[kind], xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set(ylabel=score.upper())
@@ -36,26 +37,25 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
     plt.close(figure)
 
 
-def style(name: str) -> dict[str, Any]:
-    """Our own method stands out."""
-    return {"color": "black", "linestyle": "-", "linewidth": 2.5, "zorder": 3} if name == "adaptive" else {}
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{name: how its lines look}, the same in all plots; our own method stands out."""
+    ours = {"color": "black", "linestyle": "-", "linewidth": 2.5, "zorder": 3}
+    return {name: ours if name == "adaptive" else style for name, style in zip(names, cycle(STYLES))}
 
 
 def plot_densities(entrants: dict[str, Summary], path: Path) -> None:
-    """p_t and the objective p_t * w_t of each entrant, early and late in its first run."""
+    """p_t and the objective p_t * w_t of each entrant, early and late in the first run that logged them."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-    for axis in axes.flat:
-        axis.set_prop_cycle(STYLES)
-    for name, summary in entrants.items():
-        for column, when in enumerate(("early", "late")):
-            if summary["runs"] and "density" in summary["runs"][0]:
-                density, weight = (summary["runs"][0][kind][when] for kind in ("density", "weight"))
-                objective = [p * w for p, w in zip(density, weight, strict=True)]
-                positions = [(i + 0.5) / len(density) for i in range(len(density))]
-                for row, table in enumerate((density, objective)):
-                    label = name if (row, column) == (0, 0) else None  # once in the legend
-                    relative = [value * len(table) / sum(table) for value in table]
-                    axes[row, column].plot(positions, relative, label=label, **style(name))
+    for name, style in styles(entrants).items():
+        run = next((run for run in entrants[name]["runs"] if "density" in run), None)
+        for column, when in enumerate(("early", "late") if run else ()):
+            density, weight = (run[kind][when] for kind in ("density", "weight"))
+            objective = [p * w for p, w in zip(density, weight, strict=True)]
+            positions = [(i + 0.5) / len(density) for i in range(len(density))]
+            for row, table in enumerate((density, objective)):
+                label = name if (row, column) == (0, 0) else None  # once in the legend
+                relative = [value * len(table) / sum(table) for value in table]
+                axes[row, column].plot(positions, relative, label=label, **style)
     for column, when in enumerate(("early", "late")):
         axes[0, column].set(title=f"density $p_t$, {when}", ylim=(0, None))
         axes[1, column].set(title=f"objective $p_t w_t$, {when}", xlabel="$t / T$", ylim=(0, 5))

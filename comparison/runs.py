@@ -3,7 +3,6 @@
 import ctypes
 import itertools
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from comparison.options import ComparisonOptions, Ladders
 from pipelines import SCHEDULERS, load_pipeline
 from training.evaluation import Evaluator
 from training.log import METRICS_FILE, read_metrics
+from training.machine import code_commit
 from training.output import SUMMARY_FILE
 from training.saving import read_json
 
@@ -79,7 +79,7 @@ def train_and_score(
     evaluator: Evaluator,
 ) -> None:
     """Train a run to its next stop, score it, and note both in `run`; or why that failed."""
-    run_folder, ladders = folder / f"{run['entrant']}-seed{run['seed']}", options.ladders
+    run_folder, ladders, commit = folder / f"{run['entrant']}-seed{run['seed']}", options.ladders, code_commit()
     if failure := train(run, entrant, run_folder, training_flags, ladders):
         run["failed"] = failure
         return
@@ -95,7 +95,7 @@ def train_and_score(
     except FloatingPointError as error:  # weights or images that are not finite
         run["failed"] = str(error)
         return
-    run["scores"].append({"reached": passed, **trained, "scores": scores})
+    run["scores"].append({"reached": passed, **trained, "commit": commit, "scores": scores})
     run |= read_log(run_folder / METRICS_FILE)
 
 
@@ -111,11 +111,12 @@ def train(run: Run, entrant: Entrant, run_folder: Path, training_flags: list[str
     command += ["--resume_from_checkpoint", "latest", *assignments({**entrant.options, **budget})]
     command += [] if stops_left(run, ladders) == 1 else ["--eval_batch_size", 0]  # a grid of samples at the end
     with run_folder.with_name(f"{run_folder.name}.log").open("a") as log:
-        words = [str(part) for part in command]
+        begin, words = log.tell(), [str(part) for part in command]
         status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent).returncode
     if status:
-        lines = Path(log.name).read_text().splitlines() or [""]
-        return f"exit status {status}: {lines[-1]}"
+        text = Path(log.name).read_bytes()[begin:].decode(errors="replace")  # earlier slices wrote what is before
+        lines = [line for line in text.splitlines() if line.strip()]
+        return f"exit status {status}: {lines[-1] if lines else 'it said nothing'}"
     return None
 
 
@@ -138,12 +139,20 @@ def score(run_folder: Path, sampler: str, evaluator: Evaluator) -> float:
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """Of a run's metrics.jsonl: density and weight, early and late; and the share of updates whose gradient was
-    clipped, where that is logged."""
+    """Of a run's metrics.jsonl, as far as it is logged: density and weight, early and late; and the share of updates
+    whose gradient was clipped."""
     records = read_metrics(path)
-    tables = [record for record in records if "density" in record]
-    found = {
-        name: {"early": tables[len(tables) // 8][name], "late": tables[-1][name]} for name in ("density", "weight")
-    }
-    clipped = [share for record in records if (share := record.get("grad_norm_clipped")) is not None]
-    return found | ({"clipped": statistics.mean(clipped)} if clipped else {})
+    found, tables = {}, [record for record in records if "density" in record]
+    if tables:
+        early, late = tables[len(tables) // 8], tables[-1]
+        found = {name: {"early": early[name], "late": late[name]} for name in ("density", "weight")}
+    logged = [record for record in records if "grad_norm_clipped" in record]
+    begins = [0, *(record["step"] for record in logged)]  # each record is of the updates since the one before
+    clipped = [
+        (record["grad_norm_clipped"], record["step"] - begin)
+        for record, begin in zip(logged, begins, strict=False)
+        if record["grad_norm_clipped"] is not None
+    ]
+    if updates := sum(count for _, count in clipped):
+        found["clipped"] = sum(share * count for share, count in clipped) / updates
+    return found

@@ -16,14 +16,16 @@ class Curve(NamedTuple):
     Attributes:
         stops: [n] seconds of training, or images.
         means, spreads: [n] over seeds, by the first of the samplers; a spread is None of a single seed.
+        images: [n] that had been trained on there, mean over seeds.
         others: {sampler: (mean, spread)} by the others, at the last stop of the ladder.
-        speed_up: see `speed_up`; None where the baseline's last score was never reached, or there is no baseline.
+        speed_up: see `against`; None where the baseline's last score was never reached, or there is no baseline.
         is_lower_bound: the first score is already better.
     """
 
     stops: list[float]
     means: list[float]
     spreads: list[float | None]
+    images: list[float]
     others: dict[str, tuple[float, float | None]]
     speed_up: float | None = None
     is_lower_bound: bool = False
@@ -60,15 +62,20 @@ def curve(runs: list[dict[str, Any]], kind: str, stops: list[float], samplers: l
         column = [score for run in runs if (score := score_at(run, kind, stop))]
         if not column or len(column) < len(runs):
             break
-        columns.append([score["scores"] for score in column])
+        columns.append(column)
     first, *others = samplers
-    values = [[scores[first] for scores in column] for column in columns]
+    values = [[score["scores"][first] for score in column] for column in columns]
     last = columns[-1] if len(columns) == len(stops) else []
     return Curve(
         stops[: len(columns)],
         [statistics.mean(column) for column in values],
         [spread(column) for column in values],
-        {name: (mean(of_name), spread(of_name)) for name in others if (of_name := [scores[name] for scores in last])},
+        [statistics.mean(score["images"] for score in column) for column in columns],
+        {
+            name: (mean(of_name), spread(of_name))
+            for name in others
+            if (of_name := [score["scores"][name] for score in last])
+        },
     )
 
 
@@ -88,26 +95,29 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def against(curve: Curve, reference: Curve) -> Curve:
-    """The curve with its speed-up over that of the baseline."""
+    """The curve with its speed-up over that of the baseline: the time, or number of images, at which the baseline's
+    mean score first reached its last one, over that at which the curve's did.
+
+    Both are first times: a baseline that had this score earlier, and lost it again, is not given the whole time. Where
+    the first score is already better than what the baseline had reached by then, it is a lower bound."""
     target = reference.means[-1]
+    needed = first_reached(curve, target)
     return curve._replace(
-        speed_up=speed_up(curve, reference.stops[-1], target),
-        is_lower_bound=bool(curve.means) and curve.means[0] < target,
+        speed_up=first_reached(reference, target) / needed if needed else None,
+        is_lower_bound=bool(curve.means) and curve.means[0] < min(target, reference.means[0]),
     )
 
 
-def speed_up(curve: Curve, whole: float, target: float) -> float | None:
-    """The `whole` time, or number of images, over that at which the mean score first reached `target`, linear between
-    two scores.
-
-    None if it never did; where the first score is already better, a lower bound."""
+def first_reached(curve: Curve, target: float) -> float | None:
+    """The time, or number of images, at which the mean score first reached `target`, linear between two scores; None if
+    it never did. Where the first score is already better, this is its own."""
     stops, means = curve.stops, curve.means
     for i, (stop, score) in enumerate(zip(stops, means, strict=True)):
         if score <= target:
             if i > 0:
                 share = (means[i - 1] - target) / (means[i - 1] - score)
                 stop = stops[i - 1] + share * (stop - stops[i - 1])
-            return whole / stop
+            return stop
     return None
 
 
@@ -116,37 +126,62 @@ def speed_up(curve: Curve, whole: float, target: float) -> float | None:
 
 def table(results: dict[str, Any], entrants: dict[str, Summary]) -> str:
     """The results as Markdown: a section for each ladder."""
-    ladders, plain = results["settings"]["ladders"], baseline(results)
-    sections = [f"## {HEADINGS[kind]}\n\n{section(results, entrants, kind)}\n" for kind in ladders]
-    failures = [
-        f"`{run['entrant']}`, seed {run['seed']}: {run['failed']}" for s in entrants.values() for run in s["failed"]
+    sections = [
+        f"## {HEADINGS[kind]}\n\n{section(results, entrants, kind)}\n" for kind in results["settings"]["ladders"]
     ]
-    over = f" Speed-up: the time, or the images, that `{plain}` had, over what the mean score needed to reach its final"
+    commands = "; ".join(f"`{command}`" for command in results["commands"])
     return "\n".join(
         [
             *sections,
-            "Lower is better; mean ± standard deviation over seeds."
-            + (f"{over} one; ≥ where the first score is already better." if plain in entrants else ""),
-            f"Device: {results['device']}. Commit: {', '.join(map(str, results['commits']))}. `{results['command']}`",
-            *failures,
+            *notes(results, entrants),
+            f"Device: {results['device']}. Commit: {', '.join(map(str, results['commits']))}. {commands}",
+            *(
+                f"`{run['entrant']}`, seed {run['seed']}: {run['failed']}"
+                for s in entrants.values()
+                for run in s["failed"]
+            ),
             "",
         ]
     )
 
 
+def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
+    """How the tables are to be read: lines of text."""
+    score, images = results["score"].upper(), results["settings"]["eval_num_images"]
+    features, plain = results["feature_extractor"]["num_features"], baseline(results)
+    lines = [
+        "Lower is better; mean ± standard deviation over seeds.",
+        f"{score} of {images:,} images by {features:,} features is biased upwards: values compare within a table "
+        "alone.",
+    ]
+    if plain in entrants:
+        lines.append(
+            f"Speed-up: the time, or the images, after which `{plain}` first had its final mean score, over those "
+            "after which the method had it; ≥ where the first score is already better."
+        )
+    if any(summary["failed"] for summary in entrants.values()):
+        lines.append("An entrant of which a run failed is ranked last; its means are of its other runs.")
+    return lines
+
+
 def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) -> str:
-    """The table of one ladder, best last score first."""
+    """The table of one ladder, best last score first; those of equal time say how many images a run had by then."""
     stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
     score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
     by = {sampler: "" if sampler == "ddpm" else f" by {sampler.upper()}" for sampler in (first, *others)}
-    header = ["method", *(f"{score}{by[first]} at {stop:,.0f} {UNITS[kind]}" for stop in stops)]
+    shows_images = kind == "seconds"
+    header = ["method"]
+    for stop in stops:
+        header += [f"{score}{by[first]} at {stop:,.0f} {UNITS[kind]}", *(["images"] if shows_images else [])]
     header += [f"{score}{by[sampler]} at {stops[-1]:,.0f} {UNITS[kind]}" for sampler in others]
     header += ["speed-up", "images/s", *(["clipped"] if any_clipped else []), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name, summary in sorted(entrants.items(), key=lambda item: last_first(item[1]["curves"][kind])):
+    for name, summary in sorted(entrants.items(), key=lambda item: rank(item[1], kind)):
         curve = summary["curves"][kind]
-        cells = [score_text(*pair) for pair in zip(curve.means, curve.spreads, strict=True)]
-        cells += ["–"] * (len(stops) - len(cells))
+        cells = []
+        for pair in zip(curve.means, curve.spreads, curve.images, strict=True):
+            cells += [score_text(*pair[:2]), *([f"{pair[2]:,.0f}"] if shows_images else [])]
+        cells += ["–"] * (len(stops) * (1 + shows_images) - len(cells))
         cells += [score_text(*curve.others[sampler]) if sampler in curve.others else "–" for sampler in others]
         rate, clipped = summary["images_per_second"], summary["clipped"]
         cells += [speed_up_text(curve), f"{rate:,.0f}" if rate else "–"]
@@ -156,9 +191,11 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
     return "\n".join(lines)
 
 
-def last_first(curve: Curve) -> tuple[int, float]:
-    """By what entrants are ranked: how far they have come, and their score there."""
-    return -len(curve.means), curve.means[-1] if curve.means else 0.0
+def rank(summary: Summary, kind: str) -> tuple[bool, int, float]:
+    """By what entrants are ranked: that no run failed, how far they have come, and their score there. The means of one
+    of which a run failed are of those that went well, and no match for the others'."""
+    curve = summary["curves"][kind]
+    return bool(summary["failed"]), -len(curve.means), curve.means[-1] if curve.means else 0.0
 
 
 def score_text(mean: float, deviation: float | None) -> str:

@@ -71,7 +71,7 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
 
 LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
     name: getattr(weightings, name)
-    for name in ["none", "min_snr", "p2", "debiased", "change_aware", "edm", "flow", "cosmap", "bell", "spectral"]
+    for name in ["none", "min_snr", "p2", "debiased", "v", "change_aware", "edm", "flow", "cosmap", "bell", "spectral"]
 }
 
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {

@@ -50,6 +50,12 @@ def debiased(schedule: NoiseSchedule) -> torch.Tensor:
     return schedule.sigma
 
 
+def v(schedule: NoiseSchedule) -> torch.Tensor:
+    """c_t = 1 + sigma_t^2: the plain loss of a network that predicts v (Salimans & Ho 2022, arXiv 2202.00512, "SNR+1"),
+    which is 1 / abar_t times that of eps."""
+    return 1 + schedule.sigma**2
+
+
 def flow(schedule: NoiseSchedule) -> torch.Tensor:
     """c_t = (1 + sigma_t)^2: the plain loss of a straight flow's velocity (arXiv 2209.03003; SD3, 2403.03206).
 

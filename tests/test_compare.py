@@ -6,9 +6,11 @@ import sys
 
 import pytest
 from conftest import SHARED, TINY_UNET, fork_all_but_the_first
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import compare
+import comparison.plots
 import comparison.runs
 from comparison.results import open_results
 
@@ -32,12 +34,17 @@ def results_of(scores):
         run["density"] = run["weight"] = {"early": [0.5, 0.5], "late": [0.7, 0.3]}
     return {
         "runs": runs,
-        "settings": {"ladders": {"seconds": SECONDS, "images": IMAGES}, "score_samplers": ["ddpm", "ddim"]},
+        "settings": {
+            "ladders": {"seconds": SECONDS, "images": IMAGES},
+            "score_samplers": ["ddpm", "ddim"],
+            "eval_num_images": 640,
+        },
+        "feature_extractor": {"name": "eyes", "weights_sha256": "0123", "num_features": 512},
         "entrants": {name: {"options": {"method": name}} for name, _ in scores},
         "score": "fd",
         "device": "abacus",
         "commits": ["c0ffee"],
-        "command": "python compare.py",
+        "commands": ["python compare.py"],
     }
 
 
@@ -74,6 +81,22 @@ def test_speed_up_is_over_the_time_at_which_the_baselines_last_score_is_reached(
     assert entrants["edm"]["images_per_second"] == 100
 
 
+@pytest.mark.parametrize(
+    ("baseline", "method", "cell"),
+    [
+        ([9.0, 3.0, 4.0], [9.0, 3.0, 4.0], "1.00×"),  # it first had 4 after 1 5/6 s, not after 4
+        ([9.0, 3.0, 4.0], [9.0, 9.0, 4.0], f"{(1 + 5 / 6) / 4:.2f}×"),
+        ([9.0, 3.0, 4.0], [3.9, 9.0, 9.0], f"≥{1 + 5 / 6:.2f}×"),
+        ([3.0, 5.0, 4.0], [3.5, 3.0, 3.0], "1.00×"),  # both had it by the first score, the baseline perhaps sooner
+        ([3.0, 5.0, 4.0], [2.5, 3.0, 3.0], "≥1.00×"),
+    ],
+)
+def test_a_baseline_that_is_not_monotone_has_a_speed_up_of_1_itself(baseline, method, cell):
+    lines = table_of(results_of({("ddpm", 0): baseline, ("edm", 0): method}))
+    cells = {line.split("`")[1]: line.split("|")[9].strip() for line in lines[4:6]}
+    assert cells == {"ddpm": "1.00×", "edm": cell}
+
+
 def test_in_images_it_is_over_the_number_of_images():
     curves = {name: summary["curves"]["images"] for name, summary in compare.summarise(RESULTS).items()}
     assert curves["ddpm"].stops == IMAGES
@@ -89,19 +112,19 @@ def test_the_baseline_is_plain_ddpm_by_whatever_name():
     assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up is None
     results["entrants"]["uniform"] = {"options": {"method": "ddpm"}}
     assert compare.summarise(results)["adaptive"]["curves"]["seconds"].speed_up == pytest.approx(4 / (1 + 2 / 3))
-    assert any("that `uniform` had" in line for line in table_of(results))
+    assert any("`uniform` first had its final mean score" in line for line in table_of(results))
 
 
 def test_the_table_ranks_entrants_and_names_failures():
     lines = table_of(RESULTS)
     assert lines[0] == "## Equal time"
-    header = "| method | FD at 1 s | FD at 2 s | FD at 4 s | FD by DDIM at 4 s | speed-up | images/s | seeds |"
-    assert lines[2] == header
+    stops = "FD at 1 s | images | FD at 2 s | images | FD at 4 s | images"
+    assert lines[2] == f"| method | {stops} | FD by DDIM at 4 s | speed-up | images/s | seeds |"
     assert [line.split("`")[1] for line in lines[4:9]] == ["adaptive", "edm", "ddpm", "p2", "speed"]
-    scores = "6.000 ± 0.000 | 3.000 ± 1.414 | 2.000 ± 1.414 | 1.500 ± 1.414"
+    scores = "6.000 ± 0.000 | 100 | 3.000 ± 1.414 | 200 | 2.000 ± 1.414 | 400 | 1.500 ± 1.414"
     assert lines[4] == f"| `adaptive` | {scores} | 2.40× | 100 | 2 |"
-    assert lines[5] == "| `edm` | 3.000 | 2.000 | 2.000 | 1.500 | ≥4.00× | 100 | 1 |"
-    assert lines[8] == "| `speed` | – | – | – | – | – | – | 0 (1 failed) |"
+    assert lines[5] == "| `edm` | 3.000 | 100 | 2.000 | 200 | 2.000 | 400 | 1.500 | ≥4.00× | 100 | 1 |"
+    assert lines[8] == "| `speed` | – | – | – | – | – | – | – | – | – | 0 (1 failed) |"
     assert lines[10] == "## Equal images"
     header = "| method | FD at 100 images | FD at 400 images | FD by DDIM at 400 images | speed-up | images/s | seeds |"
     assert lines[12] == header
@@ -113,8 +136,33 @@ def test_a_stop_that_not_all_seeds_have_reached_is_not_shown_and_ranks_last():
     results = json.loads(json.dumps(RESULTS))
     results["runs"]["adaptive-seed1"]["scores"].pop()
     lines = table_of(results)
-    assert lines[7] == "| `adaptive` | 6.000 ± 0.000 | 3.000 ± 1.414 | – | – | 2.40× | 100 | 2 |"
+    assert lines[7] == "| `adaptive` | 6.000 ± 0.000 | 100 | 3.000 ± 1.414 | 200 | – | – | – | 2.40× | 100 | 2 |"
     assert [line.split("`")[1] for line in lines[4:9]] == ["edm", "ddpm", "p2", "adaptive", "speed"]
+
+
+def test_images_in_equal_time_are_means_over_the_seeds():
+    results = json.loads(json.dumps(RESULTS))
+    results["runs"]["adaptive-seed1"]["scores"][0]["images"] = 1301  # 100 in the other
+    (line,) = [line for line in table_of(results)[4:9] if "adaptive" in line]
+    assert line.startswith("| `adaptive` | 6.000 ± 0.000 | 700 | 3.000 ± 1.414 | 200 |")
+
+
+def test_an_entrant_of_which_a_run_failed_ranks_behind_the_others():
+    note = "An entrant of which a run failed is ranked last; its means are of its other runs."
+    assert note in table_of(RESULTS)
+    results = json.loads(json.dumps(RESULTS))
+    del results["runs"]["speed-seed0"]
+    assert note not in table_of(results)
+    results["runs"]["adaptive-seed1"]["failed"] = "exit status 1: no luck"  # of the best
+    lines = table_of(results)
+    assert [line.split("`")[1] for line in lines[4:8]] == ["edm", "ddpm", "p2", "adaptive"]
+    assert lines[7].endswith("| 1 (1 failed) |")
+    assert note in lines
+
+
+def test_how_biased_the_score_is_can_be_told_from_the_table():
+    note = "FD of 640 images by 512 features is biased upwards: values compare within a table alone."
+    assert note in table_of(RESULTS)
 
 
 def test_how_often_gradients_were_clipped_is_a_column_where_it_is_known():
@@ -138,28 +186,54 @@ def test_of_a_single_score_a_speed_up_is_a_lower_bound_where_the_method_is_bette
         name: {"entrant": name, "seed": 0, "scores": [record | {"scores": {"ddpm": value}}]}
         for name, value in {"ddpm": 3.0, entrant: score}.items()
     }
-    settings = {"ladders": {"seconds": [4.0]}, "score_samplers": ["ddpm"]}
+    settings = {**RESULTS["settings"], "ladders": {"seconds": [4.0]}, "score_samplers": ["ddpm"]}
     text = "\n".join(table_of({**RESULTS, "runs": runs, "settings": settings}))
-    assert f"| `{entrant}` | {score:.3f} | {cell} |" in text
+    assert f"| `{entrant}` | {score:.3f} | 9 | {cell} |" in text
 
 
 def test_the_command_in_the_table_can_be_pasted(tmp_path, monkeypatch):
     words = ["--variants", '{"clts": {"timestep_sampler_options": {"num_updates": 7}}}', "--output_dir", "my runs/a"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-    command = open_results(tmp_path, {}, {})["command"]
+    (command,) = open_results(tmp_path, {}, {})["commands"]
     assert shlex.split(command) == ["python", "compare.py", *words]
-    assert any(f"`{command}`" in line for line in table_of({**RESULTS, "command": command}))
+    assert any(f"`{command}`; `b`" in line for line in table_of({**RESULTS, "commands": [command, "b"]}))
 
 
 @pytest.mark.parametrize("kinds", [["seconds"], ["images"], ["seconds", "images"]])
 def test_plots_of_either_ladder_and_of_both(kinds, tmp_path):
     ladders = {kind: RESULTS["settings"]["ladders"][kind] for kind in kinds}
-    compare.report({**RESULTS, "settings": {"ladders": ladders, "score_samplers": ["ddpm"]}}, tmp_path)
+    compare.report({**RESULTS, "settings": RESULTS["settings"] | {"ladders": ladders}}, tmp_path)
     widths = {}
     for picture in ("scores.png", "densities.png"):
         with Image.open(tmp_path / picture) as image:
             widths[picture] = image.width
     assert widths["scores.png"] == (7 if len(kinds) == 1 else 12) * 110  # a panel a ladder
+
+
+def test_an_entrant_looks_the_same_in_all_plots(tmp_path, monkeypatch):
+    """Also where the first run of one has no density, and there is one that has none at all."""
+    results, figures = json.loads(json.dumps(RESULTS)), []
+    del results["runs"]["ddpm-seed0"]["density"], results["runs"]["p2-seed0"]["density"]
+    monkeypatch.setattr(comparison.plots.plt, "close", figures.append)
+    compare.report(results, tmp_path)
+    points, (density, *others) = figures[0].axes[0].containers, figures[1].axes
+    scores = {container.get_label(): look(container[0]) for container in points}
+    densities = {line.get_label(): look(line) for line in density.lines}
+    assert scores.keys() - densities.keys() == {"p2", "speed"}
+    assert densities.items() <= scores.items()
+    assert len(set(scores.values())) == len(scores)
+    for axis in others:
+        assert [look(line) for line in axis.lines] == list(densities.values())
+
+
+def look(line):
+    """(colour, style) of a line."""
+    return to_hex(line.get_color()), line.get_linestyle()
+
+
+def test_there_is_a_look_for_every_entrant_of_a_race():
+    styles = comparison.plots.styles([f"entrant {i}" for i in range(60)])
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == 60
 
 
 @pytest.mark.parametrize(
@@ -186,6 +260,9 @@ def test_plots_of_either_ladder_and_of_both(kinds, tmp_path):
         (["--variants", '{"edm": {"prediction_type": "w"}}'], ["--variants edm", "prediction_type", "'w'"]),
         (["--variants", '{"edm": {"seed": 1}}'], ["--variants edm", "seed", "comparison decides"]),
         (["--variants", '{"edm": {"eval_num_images": 1}}'], ["--variants edm", "eval_num_images"]),
+        (["--variants", '{"edm": {"dataset_name": "x"}}'], ["--variants edm", "dataset_name", "comparison decides"]),
+        (["--variants", '{"edm": {"validation_split": 0.1}}'], ["--variants edm", "validation_split"]),
+        (["--variants", '{"edm": {"resolution": 4}}'], ["--variants edm", "resolution", "comparison decides"]),
         (["--variants", '{"adaptive": {"timestep_sampler_options": {"bogus": 1}}}'], ["--variants adaptive", "bogus"]),
         (["--variants", '{"edm": {"loss_weighting": "magic"}}'], ["--variants edm", "--loss_weighting magic"]),
         (["--variants", '{"edm": {"train_batch_size": 48}}', "--score_at_images", "64"], ["--variants edm", "the 48"]),
@@ -254,6 +331,7 @@ compare:
     compare.main(flags)
     results = json.loads((folder / "results.json").read_text())
     assert len(results["feature_extractor"]["weights_sha256"]) == 64
+    assert 0 < results["feature_extractor"]["num_features"] < results["settings"]["eval_num_images"]
     assert "not finite" in results["runs"]["bursting-seed0"]["failed"]
     images, seconds = sorted(results["runs"]["ddpm-seed0"]["scores"], key=lambda score: "seconds" in score["reached"])
     assert images["reached"] == {"images": 32}

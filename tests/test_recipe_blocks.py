@@ -10,10 +10,11 @@ from recipes import JsonDict, parse_options, read_options
 from scoring.options import EvaluationOptions
 from train_adaptive_ddpm import command_line
 
+CONFIGS = REPOSITORY / "configs"
 RECIPES = [
     path
-    for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))
-    if path.stem != "base" and path.parent.name != "races"  # of compare.py: see tests/comparison/test_races.py
+    for path in sorted(CONFIGS.rglob("*.yaml"))  # those of races: see tests/comparison/test_races.py
+    if path.stem != "base" and "races" not in path.relative_to(CONFIGS).parts
 ]
 
 
@@ -137,6 +138,19 @@ def test_a_flat_recipe_may_inherit_another(tmp_path):
     assert (options.seed, options.steps) == (3, 4)
 
 
+def test_the_block_may_be_in_the_recipe_that_it_names_but_not_in_a_base_alone(tmp_path, capsys):
+    write(tmp_path / "base.yaml", "train:\n  seed: 2\n")
+    write(tmp_path / "plain.yaml", "train:\n  steps: 4\n")
+    path = write(tmp_path / "race.yaml", "inherits: plain.yaml\ncompare:\n  seeds: [1]\n")
+    options = parse_options(Options, ["--config", path])
+    assert (options.seed, options.steps) == (2, 4)
+    capsys.readouterr()
+    path = write(tmp_path / "other.yaml", "generate: {}\n")
+    assert f"{path} has no block 'train', but generate" in refusal(["--config", path], capsys)
+    write(tmp_path / "plain.yaml", "generate: {}\n")
+    assert "race.yaml has no block 'train', but compare" in refusal(["--config", str(tmp_path / "race.yaml")], capsys)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -216,6 +230,7 @@ def test_assignments_go_over_flags_and_flags_over_the_recipe(tmp_path):
         ("seed=x", "seed=x: invalid int value: 'x'"),
         ("unet.a=[1", "unet.a=[1"),
         ("unet.a=.nan", "unet.a=.nan: expected finite numbers"),
+        ("unet.a=.inf", "not NaN or infinity (where it stands for an option that takes infinity: inf)"),
         ("unet=3", "unet=3: "),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import recipes
 from recipes import JsonDict, changed_options, parse_options, save_options
-from samplers import resolve_method
+from samplers import METHODS, resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 from training.methods import method_parts
 
@@ -295,7 +295,7 @@ def test_saved_options_repeat_the_run_and_hold_no_secret(tree, tmp_path):
 def test_a_saved_recipe_can_be_trained_by_another_method(tmp_path):
     save_options(command_line(["--method", "adaptive", "--max_train_steps", "5"]), tmp_path / "saved.yaml")
     options = command_line(["--config", str(tmp_path / "saved.yaml"), "--method", "ddpm"])
-    assert resolve_method(options.method, **method_parts(options)) == ("uniform", "none", "none")
+    assert resolve_method(options.method, **method_parts(options)) == METHODS["ddpm"]
 
 
 LOOKALIKES = st.sampled_from(

@@ -76,10 +76,11 @@ class Evaluator:
         self.has_reference = False
 
     @property
-    def feature_extractor(self) -> dict[str, str]:
-        """{"name", "weights_sha256"} of what looks at the images."""
-        description = self.metric.inception.description
-        return {"name": description["model"], "weights_sha256": description["weights_sha256"]}
+    def feature_extractor(self) -> dict[str, Any]:
+        """{"name", "weights_sha256", "num_features"} of what looks at the images."""
+        inception = self.metric.inception
+        name, weights = (inception.description[key] for key in ("model", "weights_sha256"))
+        return {"name": name, "weights_sha256": weights, "num_features": inception.num_features}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from comparison.entrants import Entrant
 from comparison.options import ComparisonOptions
-from comparison.results import check_same_extractor, join, joined_results, open_results, settings_of
+from comparison.results import check_same_extractor, join, joined_results, open_joined, open_results, settings_of
 from training.options import TrainingOptions
 
 PARTS = {"timestep_sampler": "adaptive", "loss_weighting": "spectral"}
@@ -14,9 +14,9 @@ ENTRANTS = {"adaptive": {"options": {"method": "adaptive"}, "parts": PARTS}}
 RESULTS = {
     "settings": {"ladders": {"seconds": [1.0]}, "resolution": 8},
     "device": "abacus",
-    "runs": {"adaptive-seed0": {"entrant": "adaptive", "seed": 0}},
-    "command": "here",
-    "versions": {"torch": "2.9", "numpy": "2.3"},
+    "runs": {"adaptive-seed0": {"entrant": "adaptive", "seed": 0, "scores": []}},
+    "commands": ["here"],
+    "versions": [{"torch": "2.9", "numpy": "2.3"}],
     "commits": ["a0"],
     "entrants": ENTRANTS,
 }
@@ -34,13 +34,13 @@ def write_results(tmp_path):
 def test_runs_made_by_other_versions_or_commits_are_announced(write_results, capsys):
     joined_results(write_results(), RESULTS)
     assert capsys.readouterr().err == ""
-    folder = write_results(versions={"torch": "2.8", "numpy": "2.3", "accelerate": "1.0"})
-    assert joined_results(folder, RESULTS)["versions"]["torch"] == "2.8"
+    folder = write_results(versions=[{"torch": "2.8", "numpy": "2.3", "accelerate": "1.0"}])
+    assert joined_results(folder, RESULTS)["versions"][0]["torch"] == "2.8"
     message = capsys.readouterr().err
     assert f"--join {folder}: its runs were made by other versions" in message
     assert "torch 2.8 (here 2.9), accelerate 1.0 (here None)" in message
     assert "numpy" not in message
-    joined_results(write_results(versions={"torch": "2.9"}), RESULTS)
+    joined_results(write_results(versions=[{"torch": "2.9"}]), RESULTS)
     assert "other versions: numpy None (here 2.3)" in capsys.readouterr().err
     joined_results(write_results(commits=["a0", "b1"]), RESULTS)
     assert f"--join {folder}: its runs were made by commit a0, b1 (here a0)" in capsys.readouterr().err
@@ -74,20 +74,105 @@ def test_a_comparison_is_not_gone_on_with_after_a_method_has_become_another(tmp_
     assert open_results(tmp_path, {}, entrants)["entrants"]["adaptive"]["parts"]["loss_weighting"] == "bell"
 
 
-def test_what_is_joined_adds_runs_entrants_commits_and_its_command():
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"device_name": "slide rule"}, "its device is abacus, not slide rule"),
+        ({"library_versions": {"torch": "3.0"}}, None),
+    ],
+)
+def test_a_comparison_is_gone_on_with_on_its_device_alone_and_other_versions_are_noted(
+    now, message, tmp_path, capsys, monkeypatch
+):
+    machine = {"device_name": "abacus", "library_versions": {"torch": "2.9"}, "code_commit": "a0"}
+    for name, value in machine.items():
+        monkeypatch.setattr(f"comparison.results.{name}", lambda *_, value=value: value)
+    results = open_results(tmp_path, {}, {})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    open_results(tmp_path, {}, {})
+    assert capsys.readouterr().err == ""
+    for name, value in now.items():
+        monkeypatch.setattr(f"comparison.results.{name}", lambda *_, value=value: value)
+    if message:
+        with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: {message}"):
+            open_results(tmp_path, {}, {})
+        return
+    assert [versions["torch"] for versions in open_results(tmp_path, {}, {})["versions"]] == ["2.9", "3.0"]
+    message = f"--output_dir {tmp_path}: its runs were made by other versions: torch 2.9 (here 3.0)"
+    assert message in capsys.readouterr().err
+
+
+def test_every_command_that_a_comparison_was_given_is_noted_once(tmp_path, monkeypatch):
+    for call in ("a.yaml", "a.yaml", "b.yaml"):
+        monkeypatch.setattr("sys.argv", ["compare.py", "--config", call])
+        results = open_results(tmp_path, {}, {})
+        (tmp_path / "results.json").write_text(json.dumps(results))
+    assert results["commands"] == [f"python compare.py --config {name}.yaml" for name in "ab"]
+
+
+def test_what_is_joined_adds_runs_entrants_commits_versions_and_its_commands():
     results = json.loads(json.dumps(RESULTS))
-    other = {"runs": {"adaptive-seed0": {"entrant": "other"}, "edm-seed0": {"entrant": "edm"}}, "command": "there"}
-    join(results, [{**other, "entrants": {"adaptive": {}, "edm": {}}, "commits": ["a0", "b1"]}])
-    assert results["runs"] == {**RESULTS["runs"], "edm-seed0": {"entrant": "edm"}}
+    edm = {"entrant": "edm", "seed": 0, "scores": []}
+    other = {"runs": {"edm-seed0": edm}, "commands": ["there", "here"], "versions": [{"torch": "3.0"}]}
+    join(results, {"x": {**other, "entrants": {"adaptive": {}, "edm": {}}, "commits": ["a0", "b1"]}})
+    assert results["runs"] == {**RESULTS["runs"], "edm-seed0": edm}
     assert results["entrants"] == {**ENTRANTS, "edm": {}}
     assert results["commits"] == ["a0", "b1"]
-    assert results["command"] == "here; there"
+    assert results["commands"] == ["here", "there"]
+    assert results["versions"] == [*RESULTS["versions"], {"torch": "3.0"}]
 
 
-def test_results_of_an_earlier_version_are_refused(write_results, tmp_path):
+def run_with(*seconds, **more):
+    """A run that has been scored there."""
+    scores = [{"reached": {"seconds": stop}, "scores": {"ddpm": 1.0}} for stop in seconds]
+    return {"entrant": "adaptive", "seed": 0, "scores": scores, **more}
+
+
+FAILED = {"failed": "exit status 1: no luck"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "taken", "message"),
+    [
+        (run_with(), run_with(1.0), "theirs", None),  # begun here, and not yet run
+        (run_with(**FAILED), run_with(1.0, 2.0), "theirs", None),
+        (run_with(1.0, 2.0), run_with(**FAILED), "mine", None),
+        (run_with(), run_with(**FAILED), "mine", None),
+        (run_with(1.0), run_with(1.0, 2.0), "theirs", "that one is reported"),
+        (run_with(2.0), run_with(1.0, 2.0, **FAILED), "mine", "the other is reported"),
+        (run_with(1.0, **FAILED), run_with(1.0), "theirs", "that one is reported"),
+        (run_with(1.0, 2.0), run_with(1.0, 2.0), "mine", "the other is reported"),
+    ],
+)
+def test_of_two_runs_by_the_same_name_the_one_that_came_farther_is_joined(mine, theirs, taken, message, capsys):
+    mine["is"], theirs["is"] = "mine", "theirs"
+    results = {**json.loads(json.dumps(RESULTS)), "settings": {"ladders": {"seconds": [1.0, 2.0]}}}
+    other = {**json.loads(json.dumps(results)), "runs": {"adaptive-seed0": theirs}}
+    results["runs"] = {"adaptive-seed0": mine}
+    join(results, {"x": other})
+    assert results["runs"]["adaptive-seed0"]["is"] == taken
+    said = f"--join x: has another run of adaptive-seed0; {message}\n" if message else ""
+    assert capsys.readouterr().err == said
+
+
+def test_entrants_that_differ_among_the_joined_are_refused_too(tmp_path):
+    folders = []
+    for name, weighting in (("a", "edm"), ("b", "bell")):
+        (tmp_path / name).mkdir()
+        folders.append(str(tmp_path / name))
+        entrants = {**ENTRANTS, "edm": {"options": {"method": "edm"}, "parts": {"loss_weighting": weighting}}}
+        runs = {"edm-seed0": {"entrant": "edm", "seed": 0, "scores": []}}
+        (tmp_path / name / "results.json").write_text(json.dumps({**RESULTS, "entrants": entrants, "runs": runs}))
+    assert list(open_joined(folders[:1], RESULTS)) == folders[:1]
+    with pytest.raises(ValueError, match=f"--join {folders[1]}: its edm has the loss_weighting bell, not edm"):
+        open_joined(folders, RESULTS)
+
+
+@pytest.mark.parametrize("missing", ["entrants", "commands"])
+def test_results_of_an_earlier_version_are_refused(missing, write_results, tmp_path):
     folder = write_results()
     results = json.loads((tmp_path / "results.json").read_text())
-    del results["entrants"]
+    del results[missing]
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match=f"--join {folder}: its results.json is of an earlier version"):
         joined_results(folder, RESULTS)

@@ -1,5 +1,7 @@
 """The recipes of races: each can be run as it is, and its entrants are what their names say."""
 
+from functools import cache
+
 import pytest
 from conftest import REPOSITORY
 
@@ -8,41 +10,70 @@ from comparison.options import read_command_line
 from samplers import METHODS
 from train_adaptive_ddpm import command_line
 
-RACES = sorted(path for path in (REPOSITORY / "configs" / "races").glob("*.yaml") if path.stem != "base")
-every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: path.stem)
+CONFIGS = REPOSITORY / "configs"
+RACES = sorted(path for path in (CONFIGS / "races").rglob("*.yaml") if path.stem != "base")
+every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+DATA = ["cifar10_16x16", "digits"]
+
+
+@cache
+def planned(kind, data):
+    """(options, {name: entrant}) of the recipe of that kind, on those data."""
+    options, flags = read_command_line(["--config", str(CONFIGS / "races" / kind / f"{data}.yaml")])
+    return options, plan_entrants(options, flags)
+
+
+def test_there_is_a_race_of_each_kind_on_the_same_data():
+    kinds = {kind: [path.stem for path in RACES if path.parent.name == kind] for kind in ("ablation", "methods")}
+    assert kinds == {"ablation": DATA, "methods": DATA}
+    assert len(RACES) == 4
 
 
 @every_race
 def test_every_race_can_be_run_as_its_recipe_has_it(path):
-    options, flags = read_command_line(["--config", str(path)])
-    entrants = plan_entrants(options, flags)
+    options, entrants = planned(path.parent.name, path.stem)
     assert list(entrants) == options.methods
     assert options.score_samplers == ["ddpm", "ddim"]
     assert len(options.seeds) >= 3
-    assert options.output_dir == f"runs/races/{path.stem}"
+    prefix = {"methods": "", "ablation": "ablation_"}[path.parent.name]
+    assert options.output_dir == f"runs/races/{prefix}{path.stem}"
 
 
 @every_race
 def test_a_race_is_one_on_the_data_and_the_network_of_the_recipe_that_it_inherits(path):
     raced = command_line(["--config", str(path)])
-    plain = command_line(["--config", str(path.parent.parent / f"{path.stem.removeprefix('ablation_')}.yaml")])
+    plain = command_line(["--config", str(CONFIGS / path.name)])
     for name in ("dataset_name", "resolution", "unet", "train_batch_size", "learning_rate", "adam_beta1"):
         assert getattr(raced, name) == getattr(plain, name), name
 
 
-@pytest.mark.parametrize("name", ["cifar10_16x16", "digits"])
-def test_all_methods_race(name):
-    options, _ = read_command_line(["--config", str(REPOSITORY / "configs" / "races" / f"{name}.yaml")])
+@pytest.mark.parametrize("data", DATA)
+def test_all_methods_race(data):
+    options, _ = planned("methods", data)
     assert set(METHODS) <= set(options.methods)
     assert options.ladders.keys() == {"seconds", "images"}
 
 
+@pytest.mark.parametrize("data", DATA)
+def test_the_families_of_edm_and_of_the_flow_race_with_v_and_their_own_schedules(data):
+    _, entrants = planned("methods", data)
+    for name in ("edm", "edm2", "info_noise", "logit_normal", "mode", "cosmap", "curriculum"):
+        more = {"loss_weighting": "edm"} if name == "edm2" else {}
+        assert entrants[f"{name}_v"].options == {**entrants[name].options, "prediction_type": "v_prediction", **more}
+    for name in ("laplace_v", "ddpm_v_plain", "ddpm_v_plain_cosine"):
+        assert entrants[name].parts["loss_weighting"] == "v"
+        assert entrants[name].options["prediction_type"] == "v_prediction"
+    assert entrants["adaptive_ode"].parts == METHODS["adaptive"]._replace(error_filter="wiener_ode")._asdict()
+
+
 def test_entrants_are_made_of_what_their_options_say():
-    options, flags = read_command_line(["--config", str(REPOSITORY / "configs" / "races" / "ablation_digits.yaml")])
-    entrants = plan_entrants(options, flags)
+    options, entrants = planned("ablation", "digits")
     assert entrants["uniform"].parts == METHODS["ddpm"]._asdict()
-    assert entrants["filter_objective"].parts == METHODS["adaptive"]._replace(timestep_sampler="uniform")._asdict()
-    assert entrants["learned"].parts == entrants["adaptive"].parts == METHODS["adaptive"]._asdict()
+    no_density = METHODS["adaptive"]._replace(timestep_sampler="uniform", noise_coupling="independent")
+    assert entrants["objective"].parts == no_density._asdict()
+    assert entrants["filter"].parts == no_density._replace(loss_weighting="none")._asdict()
+    assert entrants["learned"].parts == METHODS["adaptive"]._replace(noise_coupling="independent")._asdict()
+    assert entrants["frozen"].parts == entrants["learned"].parts
     assert entrants["adaptive"].options == {"method": "adaptive"}
     assert entrants["adaptive"].images_per_step == 64
     assert options.ladders.keys() == {"images"}

@@ -8,7 +8,8 @@ import pytest
 import compare
 import comparison.entrants
 import comparison.runs
-from comparison.runs import next_stops, stops_left
+from comparison.entrants import Entrant
+from comparison.runs import next_stops, read_log, stops_left
 
 RATES = {"ddpm": 1000, "edm": 500}  # images a second
 TABLES = {"density": [0.5, 0.5], "weight": [1.0, 1.0]}
@@ -128,6 +129,19 @@ def test_after_stop_after_the_same_command_goes_on_with_the_turns(race, capsys, 
     assert race.played == turns
 
 
+def test_a_call_comes_one_stop_farther_however_short_its_time(race, capsys, monkeypatch):
+    for left in (3, 2, 1):
+        race(*IN_TIME, "--stop_after", "1e-9")
+        assert f"{left} of 4 stops are left" in capsys.readouterr().out
+    race(*IN_TIME, "--stop_after", "1e-9")
+    assert len(race.played) == 4
+    train = comparison.runs.train
+    fail = lambda run, *args: "no luck" if run["entrant"] == "ddpm" else train(run, *args)  # noqa: E731
+    monkeypatch.setattr(comparison.runs, "train", fail)
+    race(*IN_TIME, "--stop_after", "1e-9", folder="other")  # what fails comes nowhere: the next one has its turn
+    assert race.played[4][0] == "edm-seed0"
+
+
 def test_a_killed_comparison_goes_on(race, monkeypatch):
     played_training, calls = comparison.runs.train, iter(range(100))
 
@@ -187,6 +201,13 @@ def test_the_commits_that_made_the_runs_are_noted(race, capsys, monkeypatch):
         assert ("goes on by commit b1+, after a0" in capsys.readouterr().err) == (commit == "b1+")
 
 
+def test_every_score_has_the_commit_that_its_run_was_at(race, monkeypatch):
+    commits = iter(["a0", "b1"])
+    monkeypatch.setattr(comparison.runs, "code_commit", lambda: next(commits))
+    (run,) = race(*IN_TIME, "--methods", "ddpm")["runs"].values()
+    assert [score["commit"] for score in run["scores"]] == ["a0", "b1"]
+
+
 def test_parts_are_joined_and_another_extractor_is_not(race, monkeypatch):
     race(*IN_TIME, *IN_IMAGES, "--seeds", "1", folder="elsewhere")
     race(*IN_TIME, *IN_IMAGES, "--join", str(race.folder / "elsewhere"))
@@ -210,3 +231,39 @@ def test_how_many_stops_are_left():
     assert (stops_left(run, ladders), next_stops(run, ladders)) == (3, {"seconds": 1.0, "images": 64})
     run["scores"].append({"reached": {"seconds": 2.0}})  # a step so long that it passed two
     assert (stops_left(run, ladders), next_stops(run, ladders)) == (1, {"seconds": None, "images": 64})
+
+
+# What is read of a run
+
+
+def write_log(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_of_a_log_without_densities_there_are_none(tmp_path):
+    assert read_log(write_log(tmp_path / "log")) == {}
+    assert read_log(write_log(tmp_path / "log", {"step": 1, "eval/fd": 3.0})) == {}
+    assert read_log(write_log(tmp_path / "log", {"step": 4, "grad_norm_clipped": 0.5})) == {"clipped": 0.5}
+
+
+def test_the_share_of_clipped_gradients_is_one_of_updates_and_not_of_records(tmp_path):
+    shares = [(50, 1.0), (100, 0.0), (110, 1.0), (110, 1.0), (160, None), (210, 0.0)]
+    records = [{"step": step, "grad_norm_clipped": share} for step, share in shares]
+    log = write_log(tmp_path / "log", *records[:2], {"step": 105, "eval/fd": 3.0}, *records[2:])
+    assert read_log(log)["clipped"] == pytest.approx((50 + 10) / 160)  # of 50 nothing is known
+
+
+@pytest.mark.parametrize(
+    ("script", "failure"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "exit status -9: it said nothing"),
+        ("import sys; print(); print('no luck'); print(); sys.exit(3)", "exit status 3: no luck"),
+    ],
+)
+def test_why_training_failed_is_what_it_said_last_in_this_slice(script, failure, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "ddpm-seed0.log").write_text("error of an earlier slice\n")
+    monkeypatch.setattr(comparison.runs, "TRAINING_SCRIPT", tmp_path / "script.py")
+    run, entrant = {"entrant": "ddpm", "seed": 0, "scores": []}, Entrant({"method": "ddpm"}, {}, 8)
+    assert comparison.runs.train(run, entrant, tmp_path / "ddpm-seed0", [], {"images": [8]}) == failure

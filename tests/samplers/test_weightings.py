@@ -166,6 +166,18 @@ def test_debiased_for_each_prediction_type(schedule, T):
         np.testing.assert_allclose(converted, expected, rtol=1e-9)
 
 
+@every_schedule_with_signal
+def test_v_is_the_plain_loss_of_a_network_of_v(schedule, T):
+    x0, eps, predicted_eps, t = perturbed(schedule, T)
+    ddpm = scheduler(schedule, T)
+    abar = ddpm.alphas_cumprod[t].view(-1, 1, 1, 1).double()
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    predicted_x0 = (x - (1 - abar).sqrt() * predicted_eps) / abar.sqrt()  # the same network's, at the same x_t
+    v_losses = mean_square(ddpm.get_velocity(predicted_x0, predicted_eps, t) - ddpm.get_velocity(x0, eps, t))
+    weights = weightings.v(tables(schedule, T))[t]
+    torch.testing.assert_close(weights * mean_square(predicted_eps - eps), v_losses, rtol=1e-5, atol=0)
+
+
 def flow_losses(schedule, T):
     """(t, s, velocity losses, epsilon-losses) of 64 timesteps and the times s of a straight flow with as much noise."""
     x0, eps, predicted_eps, t = perturbed(schedule, T)
