@@ -17,7 +17,9 @@ by that name. It imports PyTorch alone.
     (weights * losses).mean().backward()
 """
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ from .log_normal import LogNormalSampler
 from .logit_normal import LogitNormalSampler
 from .loss_second_moment import LossSecondMomentSampler
 from .mode import ModeSampler
-from .noise_coupling import NoiseCoupling, antithetic, antithetic_randn, immiscible, independent
+from .noise_coupling import NoiseCoupling, antithetic, immiscible, independent
 from .processes import of_first_rank
 from .schedule import NoiseSchedule, epsilon_loss_scale
 from .spectrum import Spectrum
@@ -94,6 +96,13 @@ PARTS = {
     "noise_coupling": NOISE_COUPLINGS,
 }
 
+FROM_IMAGES = {  # the parts that are made from the data's spectrum, or its variance
+    "timestep_sampler": {name for name, kind in TIMESTEP_SAMPLERS.items() if kind.needs_data_variance},
+    "loss_weighting": {"spectral"},
+    "error_filter": {"wiener", "wiener_ode"},
+    "noise_coupling": set(),
+}
+
 
 class Method(NamedTuple):
     """The names of a method's parts, keys of the registries in `PARTS`."""
@@ -104,10 +113,14 @@ class Method(NamedTuple):
     noise_coupling: str = "independent"
 
     @property
+    def from_images(self) -> dict[str, str]:
+        """{part: name} of those that are made from images."""
+        return {kind: name for kind, name in self._asdict().items() if name in FROM_IMAGES[kind]}
+
+    @property
     def needs_images(self) -> bool:
-        """Whether a part is made from the data's spectrum."""
-        needs_spectrum = self.loss_weighting == "spectral" or self.error_filter.startswith("wiener")
-        return needs_spectrum or TIMESTEP_SAMPLERS[self.timestep_sampler].needs_data_variance
+        """Whether a part is made from images."""
+        return bool(self.from_images)
 
 
 METHODS = {  # as published
@@ -136,6 +149,7 @@ METHODS = {  # as published
 
 __all__ = [
     "ERROR_FILTERS",
+    "FROM_IMAGES",
     "LOSS_WEIGHTINGS",
     "METHODS",
     "NOISE_COUPLINGS",
@@ -154,6 +168,7 @@ __all__ = [
     "LossSecondMomentSampler",
     "Method",
     "ModeSampler",
+    "NoiseCoupling",
     "NoiseSchedule",
     "Spectrum",
     "SpeeDSampler",
@@ -163,10 +178,13 @@ __all__ = [
     "UniformFlowSampler",
     "UniformSampler",
     "WienerFilter",
-    "antithetic_randn",
+    "antithetic",
     "checked_weights",
     "epsilon_loss_scale",
     "fold_seed",
+    "frequency",
+    "immiscible",
+    "independent",
     "make_timestep_sampler",
     "mean_squares",
     "resolve_method",
@@ -187,42 +205,37 @@ def make_timestep_sampler(
     With `torch.distributed` initialised, all ranks must call it: they use the first one's images.
 
     Args:
-        noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`.
+        noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`, which says
+            nothing of the network: unless that predicts eps, give `prediction_type` too.
         method: a key of `METHODS`.
-        images: [N, C, H, W] in [-1, 1], a random sample of the training data, a batch or more; needed by the weighting
-            `spectral` and the filter `wiener`, which are those of the method `adaptive`, and by the sampler
-            `info_noise`.
+        images: [N, C, H, W] as the network sees them (in [-1, 1], or latents), a random sample of the training data, a
+            batch or more; needed by the parts in `FROM_IMAGES`, which `adaptive` and `info_noise` have.
         prediction_type: of the network, "epsilon", "v_prediction" or "sample"; by default what the noise scheduler's
-            config says, and "epsilon" where it says nothing. It matters to the density of `adaptive`.
+            `config` says, an object or a mapping, and "epsilon" where it says nothing. It matters to the density of
+            `adaptive`.
         device: where to draw; the training device.
         options: `timestep_sampler`, `loss_weighting`, `error_filter` and `noise_coupling`, keys of `PARTS`' registries,
             in place of the method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`,
-            `uniform_fraction`, ...).
+            `uniform_fraction`, ...) and of the noise coupling (`num_candidates` of `immiscible`).
 
     Raises:
-        ValueError: an unknown name or option, no images where they are needed, or a method that this noise schedule
-            does not allow.
+        ValueError: an unknown name or option, no images where they are needed or unusable ones, or a method that this
+            noise schedule does not allow.
     """
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if prediction_type is None:
-        prediction_type = getattr(getattr(noise_scheduler, "config", None), "prediction_type", "epsilon")
+        config = getattr(noise_scheduler, "config", None)
+        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        prediction_type = read("prediction_type", "epsilon")
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    spectrum = None
-    if parts.needs_images:
-        if images is None:
-            raise ValueError(
-                f"timestep_sampler {parts.timestep_sampler!r} with loss_weighting {parts.loss_weighting!r} with "
-                f"error_filter {parts.error_filter!r} needs `images`, a batch or more of the training data: "
-                "make_timestep_sampler(..., images=next(iter(dataloader)))"
-            )
-        spectrum = of_first_rank(Spectrum.of(images))
+    spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
     error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)
     image_shape = list(spectrum.variances.shape) if spectrum else None
     fixed = {
         "error_filter": error_filter,
-        "noise_coupling": NOISE_COUPLINGS[parts.noise_coupling],
+        "noise_coupling": _with_its_options(NOISE_COUPLINGS[parts.noise_coupling], options),
         "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
         "prediction_type": prediction_type,
         "device": device,
@@ -233,7 +246,10 @@ def make_timestep_sampler(
     try:
         return sampler_class(noise_scheduler, loss_weights, **fixed, **options)
     except TypeError as error:
-        raise ValueError(f"options {options} of timestep_sampler {parts.timestep_sampler!r}: {error}") from error
+        named = f"timestep_sampler {parts.timestep_sampler!r}"
+        if unknown := re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error)):
+            raise ValueError(f"{named} has no option {unknown[1]!r}: see {sampler_class.__name__}") from error
+        raise ValueError(f"options {options} of {named}: {error}") from error
 
 
 def resolve_method(method: str, **parts: str | None) -> Method:
@@ -251,7 +267,7 @@ def resolve_method(method: str, **parts: str | None) -> Method:
 
 def checked_weights(name: str, schedule: NoiseSchedule, spectrum: Spectrum | None = None) -> torch.Tensor:
     """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
-    data = [spectrum.variances.flatten()] if name == "spectral" and spectrum is not None else []
+    data = [spectrum.variances.flatten()] if name in FROM_IMAGES["loss_weighting"] and spectrum is not None else []
     values = LOSS_WEIGHTINGS[name](schedule, *data).float()  # as it will be used: EDM's may overflow
     if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
         bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
@@ -260,6 +276,25 @@ def checked_weights(name: str, schedule: NoiseSchedule, spectrum: Spectrum | Non
             f"is {float(values[bad])} (abar = {float(schedule.alphas_cumprod[bad]):.3g})"
         )
     return values
+
+
+def _spectrum_for(parts, images):
+    needed_by = " and ".join(f"{kind} {name!r}" for kind, name in parts.from_images.items())
+    if images is None:
+        raise ValueError(
+            f"no `images`, of which {needed_by} would be made: give a batch or more of the training data, "
+            "make_timestep_sampler(..., images=next(iter(dataloader)))"
+        )
+    try:
+        return Spectrum.of(images)
+    except ValueError as error:
+        raise ValueError(f"{error} (`images` are for {needed_by}: others need none)") from error
+
+
+def _with_its_options(coupling, options):
+    """The coupling with those of `options` that are its own, which are taken out of them."""
+    own = {name: options.pop(name) for name in inspect.getfullargspec(coupling).kwonlyargs if name in options}
+    return partial(coupling, **own) if own else coupling
 
 
 def _lookup(registry, kind, name):

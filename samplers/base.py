@@ -1,12 +1,14 @@
 """What every timestep sampler is: a density p_t to draw from, and a weight w_t on what was drawn."""
 
 import logging
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from .noise_coupling import NoiseCoupling, antithetic, independent, warn_of_odd_batch
+from .noise_coupling import NoiseCoupling, independent, warn_of_odd_batch
 from .precision import widest_float
 from .processes import rank_and_world_size
 from .schedule import NoiseSchedule, PredictionType, epsilon_loss_scale
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
+STATE_VERSION = 2  # before it, a state had none, and weights were not scaled to sum_t p_t w_t = 1
+CHOSEN = ("loss_weighting", "error_filter", "noise_coupling", "prediction_type")  # of `_parts`, by options of that name
 
 
 def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,10 +47,10 @@ class TimestepSampler:
     equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
     ranks make the same n = B * world_size draws and each takes its own share.
 
-    Where the noise is `antithetic`, example i of a batch and example i + n / 2, whose noises are opposite, are
-    neighbours in t. It holds on every rank for its own batch, if that is even, and always for the batch of all ranks
-    together, in which rank r has the examples r, r + world_size, ...: of odd batches on several ranks, the two of a
-    pair are on different ones.
+    Where the noise comes in pairs (`antithetic`), example i of a batch and example i + n / 2, whose noises are
+    opposite, are neighbours in t. It holds on every rank for its own batch, if that is even, and always for the batch
+    of all ranks together, in which rank r has the examples r, r + world_size, ...: of odd batches on several ranks, the
+    two of a pair are on different ones.
 
     Args:
         schedule: the noise schedule.
@@ -133,8 +137,8 @@ class TimestepSampler:
         return TimestepBatch(timesteps, self._weights[timesteps])
 
     def _random_order(self, count, generator):
-        """[count] a random permutation; for antithetic noise one that puts 2j and 2j + 1 half a batch apart."""
-        if self.noise_coupling is not antithetic:
+        """[count] a random permutation; for noise in pairs one that puts 2j and 2j + 1 half a batch apart."""
+        if not self._in_pairs:
             return torch.rand(count, generator=generator, device=self.device).argsort()
         first = 2 * torch.rand(count // 2, generator=generator, device=self.device).argsort()
         unpaired = torch.arange(count - count % 2, count, device=self.device)
@@ -146,7 +150,7 @@ class TimestepSampler:
         Args:
             generator: on that device; the global one by default.
         """
-        if self.noise_coupling is antithetic:
+        if self._in_pairs:
             warn_of_odd_batch(len(images))
         options = {"generator": generator, "device": images.device, "dtype": images.dtype}
         return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
@@ -177,7 +181,7 @@ class TimestepSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next draws and the objective depend on, and what the sampler is made of, by name."""
-        state = self._kind() | self._parts()
+        state = {"version": STATE_VERSION} | self._kind() | self._parts()
         for name in ("seed", "num_draws", "probabilities", "loss_weights", *self.state_names):
             state[name] = getattr(self, name)
         if hasattr(self.error_filter, "state_dict"):
@@ -187,21 +191,14 @@ class TimestepSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the sampler that was saved would have, with its objective, whatever images this one was made from.
 
-        A state of an earlier version does not hold the objective: this sampler's own stays, which is logged as a
-        warning if it was made from images.
+        A state of an earlier version may lack the objective: this sampler's own stays, which is logged as a warning if
+        it was made from images. Its weights may have been of another scale, which is warned of too.
 
         Raises:
             ValueError: the state is of another kind of sampler, another number of timesteps, or another loss weighting,
                 error filter, image shape or noise schedule, or lacks what the sampler learned; nothing is changed.
         """
-        known = {name: own for name, own in self._parts().items() if name in state}
-        for name, own in (self._kind() | known).items():
-            if state.get(name) != own:
-                raise ValueError(f"cannot load this timestep sampler state: its {name} is {state.get(name)}, not {own}")
-        if missing := [name for name in self.state_names if name not in state]:
-            raise ValueError(
-                f"cannot load this timestep sampler state: it is of an earlier version, without {', '.join(missing)}"
-            )
+        self._refuse_other(state)
         if "loss_weights" in state:
             self._restore_objective(state)
         elif self.made_of.get("image_shape", True):  # or not known
@@ -214,14 +211,42 @@ class TimestepSampler:
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         self._restore_density(state["probabilities"])
         self._weights = self.weights
+        if "version" not in state:
+            self._warn_of_scale()
+
+    def _refuse_other(self, state):
+        cannot = "cannot load this timestep sampler state: "
+        for name, own in self._kind().items():
+            if state.get(name) != own:
+                raise ValueError(f"{cannot}its {name} is {state.get(name)}, not {own}")
+        if missing := [name for name in self.state_names if name not in state]:
+            raise ValueError(f"{cannot}it is of an earlier version, without {', '.join(missing)}")
+        for name, own in self._parts().items():
+            if state.get(name, own) != own:
+                remedy = f"; to go on with that, give `{name}=` (--{name})" if name in CHOSEN else ""
+                raise ValueError(f"{cannot}its {name} is {state[name]}, not {own}{remedy}")
+
+    def _warn_of_scale(self):
+        scale = float((self.probabilities * self.relative_weights()).sum())  # to which the weights summed up before
+        if abs(math.log(scale)) > 0.01:
+            logger.warning(
+                "this timestep sampler state is of an earlier version, which did not scale its weights to "
+                f"sum_t p_t w_t = 1: from here on, all weights, and with them the gradients, are {scale:.3g} times "
+                "smaller than in the run so far. The objective is the same, but an optimizer that holds the size of "
+                "past gradients, as Adam does, takes steps of another size until it has forgotten them"
+            )
 
     def _kind(self):
         return {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
 
     def _parts(self):
-        """What the objective is made of, by name; an error filter that is no function has its class's."""
-        filter_name = getattr(self.error_filter, "__name__", type(self.error_filter).__name__)
-        return {"error_filter": filter_name, "noise_coupling": self.noise_coupling.__name__, **self.made_of}
+        """What the objective is made of, by name."""
+        names = {name: name_of(getattr(self, name)) for name in ("error_filter", "noise_coupling")}
+        return {**names, **self.made_of}
+
+    @property
+    def _in_pairs(self):
+        return getattr(self.noise_coupling, "in_pairs", False)
 
     def _restore_objective(self, state):
         if hasattr(self.error_filter, "load_state_dict"):
@@ -262,6 +287,13 @@ def describe_schedule(schedule: NoiseSchedule) -> str:
     """The first, middle and last abar_t, in the digits on which all devices agree: they tell schedules apart."""
     abar = schedule.alphas_cumprod
     return "abar = " + ", ".join(f"{value:.4g}" for value in abar[[0, len(abar) // 2, -1]].tolist())
+
+
+def name_of(part: Callable[..., Any]) -> str:
+    """A function's name, with the options that a `functools.partial` sets; of another callable that of its class."""
+    if isinstance(part, partial):
+        return f"{name_of(part.func)}({', '.join(f'{name}={value}' for name, value in sorted(part.keywords.items()))})"
+    return getattr(part, "__name__", type(part).__name__)
 
 
 def fold_seed(seed: int, counter: int, stream: int = 0) -> int:

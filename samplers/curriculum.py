@@ -15,7 +15,7 @@ class CurriculumSampler(LogitNormalSampler):
     s is the time of a straight flow, x = (1 - s) x_0 + s eps, as for `logit_normal`. Its middle teaches structure soon;
     the ends, which a logit-normal neglects, decide the details. The density changes the objective: w_t is the loss
     weighting alone, and the paper's is the flow's loss, `flow`. Nothing is learned from the run; updates are the calls
-    of `sample`.
+    of `sample`. A resumed run follows its own options: given another number of updates, it switches then.
 
     Sources: of the paper's text, its abstract was at hand, and m = 0.8, std = 1 and the 60,000 updates, which are 40 %
     of its 150,000 on CIFAR-10, as a public repository quotes them. A run of another length needs another number.
@@ -41,18 +41,19 @@ class CurriculumSampler(LogitNormalSampler):
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
-        self._middle = super().initial_density(schedule)
-        self._uniform = self._masses(schedule, torch.sigmoid)  # sigmoid(log sigma) = s
-        return self._middle
+        self._schedule = schedule
+        return super().initial_density(schedule)
 
     def sample(
         self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
     ) -> TimestepBatch:
         if self.num_draws == self.num_updates:
-            self._set_density(self._uniform)
+            self._set_density(self._uniform())
         return super().sample(batch_size, generator, images)
 
     def _restore_density(self, probabilities):
-        super()._restore_density(probabilities)
-        if self.num_draws > self.num_updates:  # of a resumed run, which may have been given fewer
-            self._set_density(self._uniform)
+        is_second_phase = self.num_draws > self.num_updates
+        self._set_density(self._uniform() if is_second_phase else self.initial_density(self._schedule))
+
+    def _uniform(self):
+        return self._masses(self._schedule, torch.sigmoid)  # sigmoid(log sigma) = s

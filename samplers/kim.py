@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.distributions import Beta
 
 from .adam import adam_step
-from .base import DenoisingLoss, TimestepBatch, TimestepSampler, fold_seed, rank_and_world_size
+from .base import DenoisingLoss, TimestepBatch, TimestepSampler, fold_seed
+from .processes import rank_and_world_size
 from .schedule import NoiseSchedule
 
 CHANNELS, HIDDEN = (32, 64, 128), (256, 256)  # of the policy network

@@ -8,6 +8,7 @@ import torch
 from .precision import widest_float
 from .schedule import NoiseSchedule
 
+LARGEST_VARIANCE = 100.0  # images in [-1, 1] have at most 1, unscaled latents about 30, bytes thousands
 VALUES_AT_A_TIME = 2**18  # of components and timesteps together: 2 MiB in double precision
 
 
@@ -31,10 +32,21 @@ class Spectrum(NamedTuple):
             batch_size: images transformed at a time.
 
         Raises:
-            ValueError: the shape is another, or the images do not vary.
+            ValueError: they are no tensor of this shape, are integers, do not vary, or vary so much that their range
+                cannot be the network's.
         """
+        if not torch.is_tensor(images):
+            raise ValueError(
+                f"images must be a tensor [N, C, H, W], not a {type(images).__name__}: of a dataloader's batch that "
+                "holds labels too, give the images alone"
+            )
         if images.ndim != 4:
             raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating-point numbers in the range that the network sees, not {images.dtype}: of "
+                "bytes, images / 127.5 - 1"
+            )
         if widest_float(images.device) is not torch.float64:
             images = images.cpu()
         N = len(images)
@@ -47,8 +59,12 @@ class Spectrum(NamedTuple):
         if not 0 < covariance.trace() < torch.inf:
             raise ValueError(
                 f"the {N} training images do not vary (or are not finite), so they have no spectrum to train by: "
-                "choose another method, or the loss weighting and the error filter 'none' (of the training script: "
-                "--loss_weighting none --error_filter none)"
+                "choose a method, or parts, that are not made from images"
+            )
+        if (variance := covariance.trace() / (N - 1) / images[0].numel()) > LARGEST_VARIANCE:
+            raise ValueError(
+                f"the pixels of the {N} training images have a variance of {float(variance):.4g}, where that of the "
+                "noise is 1: give them in the range that the network sees, usually [-1, 1]"
             )
         axes = torch.linalg.eigh(covariance).eigenvectors.T
         return cls(axes, total(lambda some: component_powers(some, axes).sum(0)) / (N - 1))

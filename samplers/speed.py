@@ -16,12 +16,16 @@ class SpeeDSampler(TimestepSampler):
     are drawn and n / 2 - 1 are their mirror images.
     The density changes the objective: w_t is the loss weighting alone (the paper's is `change_aware`).
 
+    Its state holds k, tau and m: a resumed run draws as it began, whatever a version makes of the boundaries.
+
     Args:
         k: how many times as often a timestep below tau is drawn.
 
     Raises:
         ValueError: the schedule never converges in this sense, so it has no tau.
     """
+
+    state_names = ("k", "tau", "mirror")
 
     def __init__(
         self, schedule: NoiseSchedule, loss_weights: torch.Tensor | None = None, *, k: float = 5.0, **options: Any
@@ -30,23 +34,26 @@ class SpeeDSampler(TimestepSampler):
         super().__init__(schedule, loss_weights, **options)
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
-        t = torch.arange(schedule.num_train_timesteps)
-        tau, m = boundaries(schedule, "timestep sampler 'speed'")
-        self._mirror = torch.where(t < m, m - t, t - m).to(self.device)
-        return torch.where(t < tau, self.k, 1.0)
+        self.tau, self.mirror = boundaries(schedule, "timestep sampler 'speed'")
+        return self._density()
+
+    def _density(self):
+        return torch.where(torch.arange(self.num_train_timesteps) < self.tau, self.k, 1.0)
 
     def _set_density(self, density):
+        t, m = torch.arange(self.num_train_timesteps), self.mirror
+        self._mirror_of = torch.where(t < m, m - t, t - m).to(self.device)
         asymmetric = self._table(density / density.sum())
-        mirrored = torch.zeros_like(asymmetric).index_add_(0, self._mirror, asymmetric)
+        mirrored = torch.zeros_like(asymmetric).index_add_(0, self._mirror_of, asymmetric)
         self.probabilities = (asymmetric + mirrored) / 2
         self._draw_from(asymmetric)
 
     def _restore_density(self, probabilities):
-        """Nothing to restore: the density is the schedule's."""
+        self._set_density(self._density())  # of which `probabilities` are one half
 
     def _draw(self, num_draws, generator):
         half = super()._draw((num_draws + 1) // 2, generator)
-        both = torch.cat([half, self._mirror[half]])
+        both = torch.cat([half, self._mirror_of[half]])
         kept = torch.rand(len(both), generator=generator, device=self.device).argsort()[:num_draws]
         return both[kept].sort().values
 

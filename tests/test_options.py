@@ -104,6 +104,7 @@ BAD_STARTS = [
     (["--timestep_sampler_options", '{"uniform_fraction": 0}'], ["uniform_fraction", "(0, 1]"]),
     (["--timestep_sampler_options", '{"uniform_fraction": "x"}'], ["--timestep_sampler_options", "uniform_fraction"]),
     (["--timestep_sampler_options", '{"refresh_every": "x"}'], ["--timestep_sampler_options", "refresh_every"]),
+    (["--method", "immiscible", "--timestep_sampler_options", '{"num_candidates": 0}'], ["num_candidates"]),
     (["--timestep_sampler_options", '{"seed": 3}'], ["--timestep_sampler_options", "seed"]),
     (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint"]),
     (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),

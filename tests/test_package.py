@@ -169,3 +169,9 @@ def test_all_that_is_public_is_annotated(name):
     for function_name, function in public_functions(module):
         named = {each for each in inspect.signature(function).parameters if each not in ("self", "cls")}
         assert named | {"return"} <= get_type_hints(function).keys(), f"{name}.{function_name}"
+
+
+def test_every_part_can_be_imported_from_the_package():
+    parts = [*samplers.TIMESTEP_SAMPLERS.values(), *samplers.NOISE_COUPLINGS.values(), samplers.frequency]
+    assert {part.__name__ for part in parts} <= set(samplers.__all__)
+    assert all(hasattr(samplers, name) for name in samplers.__all__)

@@ -152,7 +152,7 @@ class MethodOptions:
     error_filter: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(ERROR_FILTERS)}.")
     noise_coupling: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(NOISE_COUPLINGS)}.")
     timestep_sampler_options: JsonDict = field(
-        default_factory=JsonDict, metadata={"help": "Keyword arguments of the sampler's class, JSON."}
+        default_factory=JsonDict, metadata={"help": "Keyword arguments of sampler and noise coupling, JSON."}
     )
     low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
 

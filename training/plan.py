@@ -94,6 +94,7 @@ def plan_run(options: TrainingOptions) -> None:
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:
+            sampler.noise(images)
             timesteps, weights = sampler.sample(8, images=images)
             sampler.update(timesteps, torch.ones(8) * weights)
         except Exception as error:

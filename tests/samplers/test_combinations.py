@@ -1,5 +1,7 @@
 """Which timestep samplers, weightings and schedules go together, and what is refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -18,6 +20,7 @@ from sampler_helpers import (
 )
 
 from samplers import (
+    FROM_IMAGES,
     LOSS_WEIGHTINGS,
     METHODS,
     NOISE_COUPLINGS,
@@ -64,6 +67,15 @@ def test_published_methods_are_built_by_name(method):
     assert sampler.noise_coupling is NOISE_COUPLINGS[noise_coupling]
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, registry in PARTS.items() for name in registry])
+def test_parts_that_are_made_from_images_and_no_others_need_them(kind, name):
+    if name in FROM_IMAGES[kind]:
+        with pytest.raises(ValueError, match=f"no `images`, of which {kind} '{name}' would be made"):
+            make_timestep_sampler(scheduler(), "ddpm", **{kind: name})
+    else:
+        make_timestep_sampler(scheduler(), "ddpm", **{kind: name})
+
+
 def test_methods_pair_the_rivals_as_published():
     assert METHODS["loss_second_moment"] == ("loss_second_moment", "none", "none", "independent")
     assert METHODS["info_noise"] == ("info_noise", "edm", "none", "independent")
@@ -80,6 +92,23 @@ def test_uniform_is_uniform_and_adaptive_begins_so():
 def test_unknown_names_are_refused_with_the_known_ones(kind):
     with pytest.raises(ValueError, match=f"{kind} .*'nonsense'"):
         make_timestep_sampler(scheduler(), **{kind: "nonsense"})
+
+
+@pytest.mark.parametrize(("method", "option"), [("ddpm", "horizons"), ("logit_normal", "p_mean"), ("kim", "made_of")])
+def test_an_option_that_a_sampler_does_not_have_is_refused_by_name_alone(method, option):
+    message = rf"^timestep_sampler '\w+' has no option '{option}': see \w+Sampler$"
+    with pytest.raises(ValueError, match=message):
+        make_timestep_sampler(scheduler(), method, **{option: 3})
+
+
+@pytest.mark.parametrize("make_config", [dict, lambda **fields: SimpleNamespace(**fields)])
+def test_what_the_network_predicts_is_read_off_any_config(make_config):
+    plain = SimpleNamespace(alphas_cumprod=scheduler().alphas_cumprod)
+    for config, expected in ((make_config(prediction_type="v_prediction"), "v_prediction"), (make_config(), "epsilon")):
+        plain.config = config
+        assert make_timestep_sampler(plain, "ddpm").state_dict()["prediction_type"] == expected
+    del plain.config
+    assert make_timestep_sampler(plain, "ddpm").state_dict()["prediction_type"] == "epsilon"
 
 
 def test_schedulers_without_a_discrete_schedule_are_refused_by_name():

@@ -29,13 +29,21 @@ def test_curriculum_takes_as_many_updates_as_published_and_goes_on_after_a_reloa
     assert torch.equal(sampler.probabilities, make_sampler("uniform_flow").probabilities)
 
 
-def test_a_resumed_run_may_switch_sooner():
-    long = make_sampler("curriculum", num_updates=100)
+@pytest.mark.parametrize("num_updates", [10, 100])
+def test_a_resumed_run_may_switch_sooner_or_later(num_updates):
+    sampler = make_sampler("curriculum", num_updates=num_updates)
     for _ in range(20):
-        long.sample(8)
-    short = make_sampler("curriculum", num_updates=10)
-    short.load_state_dict(long.state_dict())
-    assert torch.equal(short.probabilities, make_sampler("uniform_flow").probabilities)
+        sampler.sample(8)
+    resumed = make_sampler("curriculum", num_updates=30)
+    resumed.load_state_dict(sampler.state_dict())
+    first, second = make_sampler("logit_normal", m=0.8, s=1.0), make_sampler("uniform_flow")
+    assert torch.equal(resumed.probabilities, first.probabilities)
+    for n in range(20, 35):
+        resumed.sample(8)
+        assert torch.equal(resumed.probabilities, (first if n < 30 else second).probabilities), n
+    sooner = make_sampler("curriculum", num_updates=15)
+    sooner.load_state_dict(sampler.state_dict())
+    assert torch.equal(sooner.probabilities, second.probabilities)
 
 
 def test_a_negative_number_of_updates_is_refused():

@@ -71,7 +71,7 @@ def test_info_noise_spends_nothing_on_the_noisy_end_of_a_real_network():
 
 def test_info_noise_bounds_the_mmse_by_the_variance_of_the_images():
     assert make_sampler("info_noise", images=3 * random_images()).data_variance == pytest.approx(9, rel=0.1)
-    with pytest.raises(ValueError, match=r"timestep_sampler 'info_noise' .* needs `images`"):
+    with pytest.raises(ValueError, match=r"no `images`, of which timestep_sampler 'info_noise' would be made"):
         make_timestep_sampler(scheduler(), "info_noise")
 
 
@@ -87,7 +87,7 @@ def test_info_noises_product_does_not_depend_on_the_weighting():
 
 
 def test_info_noise_averages_the_last_losses_of_each_bin():
-    sampler = make_sampler("info_noise", refresh_every=1, images=100 * random_images())
+    sampler = make_sampler("info_noise", refresh_every=1, images=9 * random_images())
     bin_of = sampler._bin_of_timestep
     t = int((bin_of == bin_of.mode().values).nonzero()[0])
     seen, average = deque(maxlen=256), None

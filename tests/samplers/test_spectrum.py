@@ -40,16 +40,37 @@ def test_variances_add_up_to_the_images_variance_whatever_the_batching():
 @pytest.mark.parametrize(
     "images", [torch.zeros(1, 1, 8, 8), torch.ones(16, 3, 8, 8), torch.full((4, 1, 8, 8), float("nan"))]
 )
-def test_images_that_do_not_vary_are_refused(images):
-    with pytest.raises(ValueError, match=r"do not vary.*--loss_weighting none --error_filter none"):
-        Spectrum.of(images)
+def test_images_that_do_not_vary_are_refused_with_the_parts_that_need_them(images):
+    for method, parts in {
+        "adaptive": "loss_weighting 'spectral' and error_filter 'wiener'",
+        "info_noise": "timestep_sampler 'info_noise'",
+    }.items():
+        with pytest.raises(ValueError, match=f"do not vary.*`images` are for {parts}: others need none"):
+            make_timestep_sampler(DDPMScheduler(), method, images=images)
 
 
-def test_missing_or_flattened_images_are_refused():
-    with pytest.raises(ValueError, match="'spectral' with error_filter 'wiener' needs `images`"):
-        make_timestep_sampler(DDPMScheduler(), "adaptive")
-    with pytest.raises(ValueError, match=r"\[N, C, H, W\], not \[512, 64\]"):
-        make_timestep_sampler(DDPMScheduler(), "adaptive", images=digits().flatten(1))
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "no `images`, of which loss_weighting 'spectral' and error_filter 'wiener' would be made"),
+        (torch.zeros(512, 64), r"\[N, C, H, W\], not \[512, 64\]"),
+        ((torch.zeros(16, 1, 8, 8), torch.zeros(16)), "not a tuple: .* give the images alone"),
+        ([torch.zeros(16, 1, 8, 8), torch.zeros(16)], "not a list: .* give the images alone"),
+        ({"images": torch.zeros(16, 1, 8, 8)}, "not a dict: .* give the images alone"),
+        (torch.arange(256).byte().view(4, 1, 8, 8), r"not torch.uint8: of bytes, images / 127.5 - 1"),
+        (torch.arange(256.0).view(4, 1, 8, 8), r"variance of 6827, .* give them in the range that the network sees"),
+    ],
+)
+def test_images_that_the_network_does_not_see_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        make_timestep_sampler(DDPMScheduler(), "adaptive", images=images)
+
+
+@pytest.mark.parametrize("deviation", [0.05, 1.0, 5.5])
+def test_dark_images_and_latents_as_an_autoencoder_leaves_them_are_taken(deviation):
+    images = deviation * torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    variances = Spectrum.of(images).variances
+    assert float(variances.mean()) == pytest.approx(deviation**2, rel=0.05)
 
 
 @every_schedule

@@ -81,3 +81,25 @@ def test_speed_mirrors_keep_their_share_in_odd_batches(batch_size, low_discrepan
     above = (draws(sampler, batch_size, num_batches) >= 643).double().mean()  # where no mirror image is
     expected = (57 * 5 + 300) / (700 * 5 + 300) / 2
     assert abs(float(above) - expected) < 5 * (2 * expected / 12000) ** 0.5
+
+
+def test_speed_goes_on_with_the_boundaries_that_it_began_with():
+    """Weights and density of an earlier version changed at 641, which is the paper's rule; then at the authors' 700."""
+    saved, loaded = make_adapted("speed", k=3.0), make_adapted("speed")
+    state = saved.state_dict() | {"tau": 641, "mirror": 641}
+    loaded.load_state_dict(state)
+    drawn = torch.tensor([3.0] * 641 + [1.0] * 359) / (3 * 641 + 359)
+    density = drawn / 2
+    for t in range(1000):
+        density[641 - t if t < 641 else t - 641] += drawn[t] / 2
+    torch.testing.assert_close(loaded.probabilities, density)
+    assert (draws(loaded, 1000, 10) >= 642).double().mean() == pytest.approx(float(density[642:].sum()), abs=0.01)
+    again = make_adapted("speed")
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.probabilities, loaded.probabilities)
+
+
+def test_speed_refuses_a_state_that_does_not_say_where_its_density_changed():
+    state = {name: value for name, value in make_adapted("speed").state_dict().items() if name not in ("tau", "mirror")}
+    with pytest.raises(ValueError, match="of an earlier version, without tau, mirror"):
+        make_adapted("speed").load_state_dict(state)

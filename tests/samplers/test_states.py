@@ -96,6 +96,10 @@ def sampler_of(images, name="adaptive", **parts):
     return make_timestep_sampler(scheduler(), timestep_sampler=name, images=images, **parts)
 
 
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
 def smooth_images_of(batch_size, **shape):
     """Of another spectrum than `random_images`, which have none to speak of."""
     return images_of(batch_size, **shape).cumsum(-1).cumsum(-2) / 10
@@ -128,8 +132,12 @@ def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"loss_weighting": "bell"}, "its loss_weighting is spectral, not bell"),
-        ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares"),
+        (
+            {"loss_weighting": "bell"},
+            r"its loss_weighting is spectral, not bell; .* give `loss_weighting=` \(--loss_weighting\)",
+        ),
+        ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares; .* give `error_filter=`"),
+        ({"noise_coupling": "immiscible"}, "its noise_coupling is antithetic, not immiscible; .* `noise_coupling=`"),
         ({"error_filter": "wiener_ode"}, "its exponent is 2.0, not 1.0"),
         ({"prediction_type": "v_prediction"}, "its prediction_type is epsilon, not v_prediction"),
         ({"images": images_of(16, channels=3)}, r"its image_shape is \[1, 8, 8\], not \[3, 8, 8\]"),
@@ -159,7 +167,7 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
     saved = made()
     saved.sample(8)
     new = {"loss_weights", "loss_weighting", "image_shape", "error_filter", "noise_schedule", "prediction_type"}
-    new |= {"noise_coupling"}
+    new |= {"noise_coupling", "version"}
     state = {k: v for k, v in saved.state_dict().items() if k not in new and not k.startswith("error_filter.")}
     assert state.keys() == {"sampler", "num_train_timesteps", "seed", "num_draws", "probabilities", *saved.state_names}
     loaded = made()
@@ -172,10 +180,37 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
 def test_a_state_that_lacks_what_the_sampler_learned_is_refused_by_name():
     saved, loaded = (sampler_of(random_images(), "adaptive_log_snr") for _ in range(2))
     before = state_bits(loaded)
-    state = {name: value for name, value in saved.state_dict().items() if name != "averages"}
     with pytest.raises(ValueError, match="of an earlier version, without averages"):
-        loaded.load_state_dict(state)
+        loaded.load_state_dict(without(saved.state_dict(), "averages"))
     assert_same_state(state_bits(loaded), before)
+
+
+def test_what_a_state_lacks_is_said_before_what_it_was_made_of():
+    """Of an earlier version, info_noise learned other things, and needed no images."""
+    sampler = make_timestep_sampler(scheduler(), "info_noise", images=random_images())
+    state = without(sampler.state_dict(), "bin_mmse", "data_variance") | {"image_shape": None}
+    with pytest.raises(ValueError, match="of an earlier version, without bin_mmse, data_variance"):
+        sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("method", "weighting"), [("logit_normal", "none"), ("edm2", "edm")])
+def test_the_loss_weighting_that_a_method_used_to_have_is_given_and_the_run_goes_on(method, weighting):
+    saved = make_timestep_sampler(scheduler(), method, loss_weighting=weighting)
+    with pytest.raises(ValueError, match="give `loss_weighting=`"):
+        make_timestep_sampler(scheduler(), method).load_state_dict(saved.state_dict())
+    resumed = make_timestep_sampler(scheduler(), method, loss_weighting=weighting, seed=3)
+    resumed.load_state_dict(saved.state_dict())
+    assert_same_state(state_bits(resumed), state_bits(saved))
+
+
+@pytest.mark.parametrize(("method", "factor"), [("edm", "7.46"), ("logit_normal", "11.7"), ("ddpm", None)])
+def test_a_state_of_before_the_weights_were_scaled_is_loaded_with_a_warning_of_the_factor(method, factor, caplog):
+    saved, loaded = (make_timestep_sampler(scheduler(), method) for _ in range(2))
+    loaded.load_state_dict(saved.state_dict())
+    assert caplog.text == ""
+    loaded.load_state_dict(without(saved.state_dict(), "version"))
+    assert caplog.text.count("did not scale its weights") == (factor is not None)
+    assert factor is None or f"are {factor} times smaller" in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)
