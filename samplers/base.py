@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B, C, H, W], timesteps [B]) -> losses [B]
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
-STATE_VERSION = 2  # before it, a state had none, and weights were not scaled to sum_t p_t w_t = 1
+STATE_VERSION = 2  # before it, a state had none, and weights were not scaled
 CHOSEN = ("loss_weighting", "error_filter", "noise_coupling", "prediction_type")  # of `_parts`, by options of that name
 
 
@@ -40,8 +40,8 @@ class TimestepSampler:
     A subclass states its density. If it is an importance sampler (`corrects_for_density`), then w_t is the loss
     weighting divided by T * p_t, so that the objective stays that of the weighting whatever p_t is; otherwise w_t is
     the weighting itself and the density changes the objective, as in the papers that propose one. The scale of all
-    weights together is no part of an objective; it is set so that sum_t p_t w_t = 1 for every method. So a limit on the
-    gradient's norm means the same for all.
+    weights together is no part of an objective; it is set so that squared errors of what the network predicts have a
+    mean weight of 1 by every method. So a limit on the gradient's norm means the same for all.
 
     Draws are low-discrepancy by default, as in VDM (arXiv 2107.00630, appendix I.1): one uniform offset a batch and n
     equally spaced points through the inverse CDF, in random order. With `torch.distributed` initialised, all
@@ -106,9 +106,12 @@ class TimestepSampler:
 
     @property
     def weights(self) -> torch.Tensor:
-        """[T] w_t, the factor on the loss of an example at t; sum_t p_t w_t = 1."""
-        weights = self.relative_weights()
-        return weights / (self.probabilities * weights).sum()
+        """[T] w_t, the factor on the loss of an example at t; sum_t p_t w_t s_t = 1, s_t of `epsilon_loss_scale`."""
+        return self.relative_weights() / self._scale()
+
+    def _scale(self):
+        """The mean weight, before it is scaled, of the squared errors of what the network predicts."""
+        return (self.probabilities * self.relative_weights() * self._epsilon_loss_scale).sum()
 
     def relative_weights(self) -> torch.Tensor:
         """[T] w_t before it is scaled: the loss weighting, divided by T * p_t if that is corrected for."""
@@ -227,11 +230,11 @@ class TimestepSampler:
                 raise ValueError(f"{cannot}its {name} is {state[name]}, not {own}{remedy}")
 
     def _warn_of_scale(self):
-        scale = float((self.probabilities * self.relative_weights()).sum())  # to which the weights summed up before
+        scale = float(self._scale())
         if abs(math.log(scale)) > 0.01:
             logger.warning(
-                "this timestep sampler state is of an earlier version, which did not scale its weights to "
-                f"sum_t p_t w_t = 1: from here on, all weights, and with them the gradients, are {scale:.3g} times "
+                "this timestep sampler state is of an earlier version, which did not scale its weights: "
+                f"from here on, all weights, and with them the gradients, are {scale:.3g} times "
                 "smaller than in the run so far. The objective is the same, but an optimizer that holds the size of "
                 "past gradients, as Adam does, takes steps of another size until it has forgotten them"
             )

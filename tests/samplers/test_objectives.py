@@ -4,7 +4,7 @@ import pytest
 import torch
 from sampler_helpers import every_sampler, every_schedule, make_adapted, tables, weighting_table
 
-from samplers import LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS, weightings
+from samplers import LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS, epsilon_loss_scale, weightings
 
 
 @every_schedule
@@ -43,10 +43,12 @@ def test_other_samplers_change_the_objective_and_leave_the_weighting_alone(name)
 
 @every_sampler
 def test_every_method_gives_the_same_mass_to_its_objective(name):
-    """The scale of all weights together is no part of an objective, but a limit on the gradient's norm would see it."""
-    for weighting in ("none", "edm", "min_snr"):
-        sampler = make_adapted(name, weighting=weighting)
+    """The scale of all weights together is no part of an objective, but a limit on the gradient's norm would see it: on
+    the loss of what the network predicts."""
+    for weighting, output in (("none", "epsilon"), ("edm", "epsilon"), ("min_snr", "v_prediction"), ("v", "sample")):
+        sampler = make_adapted(name, weighting=weighting, prediction_type=output)
         p, w = sampler.probabilities.double(), sampler.weights.double()
-        assert float((p * w).sum()) == pytest.approx(1, rel=1e-4)
+        scale = epsilon_loss_scale(tables(), output)
+        assert float((p * w * scale).sum()) == pytest.approx(1, rel=1e-4)
         relative = w / sampler.relative_weights()
         assert torch.allclose(relative, relative[0].expand(len(w)), rtol=1e-4)
