@@ -260,6 +260,32 @@ def test_every_method_has_its_row_and_every_part_is_named():
         assert any(name in text for name in (f"`{part}`", *(f"--{kind} {part}`" for kind in samplers.PARTS))), part
 
 
+def test_where_every_method_departs_is_said_in_full():
+    text = (REPOSITORY / "docs" / "rivals.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#.*?\) \| (.*) \|$", text, re.MULTILINE)
+    assert [method for method, _ in rows] == list(samplers.METHODS)
+    for method, cells in rows:
+        assert len(cells.split(" | ")) == 5, method  # paper, its authors' code, ours, why, what that costs
+        assert all(cell.strip() for cell in cells.split(" | ")), method
+
+
+def test_the_shares_of_draws_that_count_are_those_of_the_samplers():
+    text = (REPOSITORY / "docs" / "rivals.md").read_text()
+    rows = re.findall(r"^\| `--method (\w+)`(.*?) \| (0\.\d.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for method, after, cells in rows:
+        options = {"num_updates": 0} if "60,000" in after else {}
+        settings = ((p, s) for p in ("epsilon", "v_prediction") for s in ("linear", "squaredcos_cap_v2"))
+        for (prediction_type, schedule), cell in zip(settings, cells.split(" | "), strict=True):
+            noise_scheduler = DDPMScheduler(beta_schedule=schedule)
+            sampler = samplers.make_timestep_sampler(noise_scheduler, method, **options)
+            sampler.sample(1)
+            scale = samplers.epsilon_loss_scale(samplers.NoiseSchedule.from_scheduler(noise_scheduler), prediction_type)
+            weights, p = sampler.weights * scale, sampler.probabilities
+            share = float((p * weights).sum() ** 2 / (p * weights**2).sum())
+            assert f"{share:.2g}" == cell, (method, prediction_type, schedule)
+
+
 def recorded_table(comparison):
     """[header, *rows] of the table that compare.py has left."""
     record = (REPOSITORY / "benchmarks" / "results" / comparison / "table.md").read_text()

@@ -52,3 +52,10 @@ def test_every_method_gives_the_same_mass_to_its_objective(name):
         assert float((p * w * scale).sum()) == pytest.approx(1, rel=1e-4)
         relative = w / sampler.relative_weights()
         assert torch.allclose(relative, relative[0].expand(len(w)), rtol=1e-4)
+
+
+def test_the_flow_s_loss_is_level_for_a_network_of_v_alone():
+    schedule = tables()
+    levels = weightings.flow(schedule) * epsilon_loss_scale(schedule, "v_prediction")
+    assert 1 <= levels.min() <= levels.max() <= 2
+    assert weightings.flow(schedule).max() > schedule.sigma[-1] ** 2
