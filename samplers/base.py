@@ -233,10 +233,10 @@ class TimestepSampler:
         scale = float(self._scale())
         if abs(math.log(scale)) > 0.01:
             logger.warning(
-                "this timestep sampler state is of an earlier version, which did not scale its weights: "
-                f"from here on, all weights, and with them the gradients, are {scale:.3g} times "
-                "smaller than in the run so far. The objective is the same, but an optimizer that holds the size of "
-                "past gradients, as Adam does, takes steps of another size until it has forgotten them"
+                "this timestep sampler state is of an earlier version, which did not scale its weights: all weights, "
+                f"and with them the gradients, are those of the run so far divided by {scale:.3g}. The objective is "
+                "the same, but an optimizer that holds the size of past gradients, as Adam does, takes steps of "
+                "another size until it has forgotten them"
             )
 
     def _kind(self):

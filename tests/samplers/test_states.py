@@ -210,7 +210,7 @@ def test_a_state_of_before_the_weights_were_scaled_is_loaded_with_a_warning_of_t
     assert caplog.text == ""
     loaded.load_state_dict(without(saved.state_dict(), "version"))
     assert caplog.text.count("did not scale its weights") == (factor is not None)
-    assert factor is None or f"are {factor} times smaller" in caplog.text
+    assert factor is None or f"divided by {factor}." in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)
