@@ -131,7 +131,7 @@ def train_step(
     for part in (slice(i, None, num_parts) for i in range(num_parts)):
         with accelerator.accumulate(network):
             errors = denoiser.epsilon_errors(images[part], noise[part], timesteps[part], labels[part])
-            losses = sampler.losses(errors, timesteps[part])
+            losses = sampler.losses_of_epsilon(errors, timesteps[part])
             weighted_losses = weights[part] * losses
             accelerator.backward(weighted_losses.mean())
             state.meter.add_losses(timesteps[part], weighted_losses.detach(), mean_squares(errors.detach()))

@@ -98,7 +98,7 @@ def train(method, options, images, moments, args):
         timesteps, weights = sampler.sample(len(clean), images=clean)
         sampler.before_update(clean, denoiser.epsilon_losses)
         errors = denoiser.epsilon_errors(clean, noise, timesteps)
-        losses = sampler.losses(errors, timesteps)
+        losses = sampler.losses_of_epsilon(errors, timesteps)
         (weights * losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

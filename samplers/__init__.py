@@ -205,14 +205,15 @@ def make_timestep_sampler(
     With `torch.distributed` initialised, all ranks must call it: they use the first one's images.
 
     Args:
-        noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`; or a `NoiseSchedule`, which says
-            nothing of the network: unless that predicts eps, give `prediction_type` too.
+        noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`, or with the `sigmas` of a straight
+            flow; or a `NoiseSchedule`, which says nothing of the network: give `prediction_type` too, unless it
+            predicts eps (or the velocity of a flow).
         method: a key of `METHODS`.
         images: [N, C, H, W] as the network sees them (in [-1, 1], or latents), a random sample of the training data, a
             batch or more; needed by the parts in `FROM_IMAGES`, which `adaptive` and `info_noise` have.
-        prediction_type: of the network, "epsilon", "v_prediction" or "sample"; by default what the noise scheduler's
-            `config` says, an object or a mapping, and "epsilon" where it says nothing. It matters to the density of
-            `adaptive`.
+        prediction_type: of the network, "epsilon", "v_prediction", "sample" or "flow"; by default what the noise
+            scheduler's `config` says, an object or a mapping; where it says nothing, "flow" if the schedule is a
+            flow's, else "epsilon".
         device: where to draw; the training device.
         options: `timestep_sampler`, `loss_weighting`, `error_filter` and `noise_coupling`, keys of `PARTS`' registries,
             in place of the method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`,
@@ -223,12 +224,12 @@ def make_timestep_sampler(
             noise schedule does not allow.
     """
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
-    if prediction_type is None:
-        config = getattr(noise_scheduler, "config", None)
-        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
-        prediction_type = read("prediction_type", "epsilon")
+    config = getattr(noise_scheduler, "config", None)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
+    if prediction_type is None:
+        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")
     spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
     error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)

@@ -30,7 +30,7 @@ def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) ->
 class TimestepBatch(NamedTuple):
     """Timesteps for one batch, and the factor on each example's loss."""
 
-    timesteps: torch.Tensor  # [B] int64 in [0, T)
+    timesteps: torch.Tensor  # [B] int64 in [0, T): indices into the noise scheduler's tables
     weights: torch.Tensor  # [B] float32
 
 
@@ -98,6 +98,7 @@ class TimestepSampler:
         self.probabilities = self._table(torch.full((T,), 1 / T))
         self._generator = torch.Generator(self.device)
         self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
+        self._flipped = schedule.flipped  # from the scheduler's order of timesteps to that of all tables here, and back
         self._set_density(self.initial_density(schedule))
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
@@ -137,7 +138,7 @@ class TimestepSampler:
         drawn = self._draw(batch_size * world_size, generator)
         order = self._random_order(len(drawn), generator)
         timesteps = drawn[order[rank::world_size]]
-        return TimestepBatch(timesteps, self._weights[timesteps])
+        return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
 
     def _random_order(self, count, generator):
         """[count] a random permutation; for noise in pairs one that puts 2j and 2j + 1 half a batch apart."""
@@ -159,16 +160,26 @@ class TimestepSampler:
         return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
 
     def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """[B] the unweighted losses of a batch, each a mean over an image's pixels or components.
+        """[B] the unweighted losses of a batch, each a mean over an image's pixels or components: of eps, whatever the
+        network predicts.
 
         Args:
-            errors: [B, C, H, W] the network's errors in eps, of either sign.
+            errors: [B, C, H, W] the network's errors in what it predicts (`prediction_type`), of either sign.
             timesteps: [B] as drawn.
         """
-        return self.error_filter(errors, timesteps)
+        scale = self._epsilon_loss_scale[self._flipped(timesteps)].sqrt()
+        return self.losses_of_epsilon(errors.float() * scale.view(-1, *(errors.ndim - 1) * [1]), timesteps)
+
+    def losses_of_epsilon(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B] the same of errors in eps."""
+        return self.error_filter(errors, self._flipped(timesteps))
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Learn from a step. timesteps: [B] as drawn; losses: [B] of `losses`, detached."""
+        self._learn(self._flipped(timesteps), losses)
+
+    def _learn(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """What a subclass makes of a step; `timesteps` [B] in the order of the tables."""
 
     def before_update(self, images: torch.Tensor, denoising_loss: DenoisingLoss) -> None:
         """Measure the model before the optimiser moves it; only for a sampler that learns from what an update changes.

@@ -116,7 +116,7 @@ class KimSampler(TimestepSampler):
         gammas = torch._standard_gamma(concentrations, generator=generator)  # Beta.sample takes no generator
         self._drawn = (gammas[0] / gammas.sum(0)).nan_to_num(0.5).clamp(1e-6, 1 - 1e-6).float()
         timesteps = (self._drawn * (self.num_train_timesteps - 1)).round().long()
-        return TimestepBatch(timesteps, self._weights[timesteps])
+        return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
 
     @torch.no_grad()
     def before_update(self, images: torch.Tensor, denoising_loss: DenoisingLoss) -> None:
@@ -147,7 +147,7 @@ class KimSampler(TimestepSampler):
 
         def terms(images, timesteps, generator):
             noise = torch.randn(images.shape, generator=generator, device=self.device)
-            return self._vlb_scale[timesteps] * denoising_loss(images, noise, timesteps).float()
+            return self._vlb_scale[timesteps] * denoising_loss(images, noise, self._flipped(timesteps)).float()
 
         generator = self._stream(self.updates, 16 + world_size + rank)
         at_selected = torch.stack([terms(images, t.expand(len(images)), generator) for t in self.selected], 1)

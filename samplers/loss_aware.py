@@ -44,7 +44,7 @@ class LossAwareSampler(TimestepSampler):
         self.pending = self._nothing()
 
     @torch.no_grad()
-    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+    def _learn(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         losses = losses.detach().float()
         self._collect(timesteps, losses, losses.abs() < EXPLODED)
         self.updates += 1

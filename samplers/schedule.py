@@ -5,35 +5,75 @@ from typing import Literal
 
 import torch
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network predicts, as diffusers names it
+# What a network predicts, as diffusers names it; "flow" is the velocity of a straight flow, eps - x_0
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Tables of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for t = 0 .. T-1.
 
+    Any other x_t = signal_t x_0 + noise_t eps is that but for a factor, with abar = signal^2 / (signal^2 + noise^2):
+    what is known of x_0, and what an error in eps does, is the same.
+
     Args:
         alphas_cumprod: [T] float64 on the CPU, abar_t, decreasing in (0, 1]; the last may be 0 (zero terminal SNR).
+        noisiest_first: whether the scheduler's own tables begin at the noisy end. The tables here never do.
     """
 
     alphas_cumprod: torch.Tensor
+    noisiest_first: bool = False
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: object) -> "NoiseSchedule":
-        """Read the schedule of a diffusers scheduler that has one (DDPM, DDIM, DPM-Solver, ...).
+        """Read the schedule of a diffusers scheduler: by its `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), or by its
+        `sigmas` (FlowMatchEulerDiscreteScheduler).
 
         Raises:
-            ValueError: the scheduler has no `alphas_cumprod` (flow matching, for instance), or T < 2.
+            ValueError: the scheduler has neither, T < 2, or the sigmas are not those of training a straight flow.
         """
-        alphas_cumprod = getattr(noise_scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None:
+        alphas_cumprod, sigmas = (getattr(noise_scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
+        kind = type(noise_scheduler).__name__
+        if alphas_cumprod is None and sigmas is None:
             raise ValueError(
-                f"{type(noise_scheduler).__name__} has no `alphas_cumprod`: timestep samplers need a scheduler with a "
-                "discrete variance-preserving schedule, such as DDPMScheduler"
+                f"{kind} has neither `alphas_cumprod` nor `sigmas`: timestep samplers need a scheduler with a discrete "
+                "noise schedule, such as DDPMScheduler or FlowMatchEulerDiscreteScheduler"
             )
-        if len(alphas_cumprod) < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, not {len(alphas_cumprod)}")
-        return cls(torch.as_tensor(alphas_cumprod).detach().cpu().double())
+        table = torch.as_tensor(sigmas if alphas_cumprod is None else alphas_cumprod).detach().cpu().double()
+        if len(table) < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, not {len(table)}")
+        return cls(table) if alphas_cumprod is not None else cls.of_flow(table, kind)
+
+    @classmethod
+    def of_flow(cls, sigmas: torch.Tensor, named: str = "the schedule") -> "NoiseSchedule":
+        """The schedule of a straight flow, x = (1 - s) x_0 + s eps (flow matching, rectified flow).
+
+        Where s is 1, and nothing is left of the image, the middle between 1 and its neighbour stands for it: losses of
+        eps have no weight there that is finite.
+
+        Args:
+            sigmas: [T] s, falling, in (0, 1], as diffusers has them.
+            named: what to call it in an error.
+
+        Raises:
+            ValueError: they are something else.
+        """
+        inside = (sigmas > 0) & (sigmas <= 1)
+        if not inside.all():
+            raise ValueError(
+                f"{named}: its sigmas must be in (0, 1], as those of training a flow are, not "
+                f"{float(sigmas[~inside][0]):.4g}. After set_timesteps, a scheduler holds those of sampling: make the "
+                "timestep sampler before that, or from a copy"
+            )
+        if not (sigmas.diff() < 0).all():
+            raise ValueError(f"{named}: its sigmas must fall from each to the next")
+        s = sigmas.detach().cpu().double().flip(0)
+        s[-1] = s[-1] if s[-1] < 1 else (1 + s[-2]) / 2
+        return cls((1 - s) ** 2 / ((1 - s) ** 2 + s**2), noisiest_first=True)
+
+    def flipped(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Indices into the scheduler's tables as such into these, and the other way round."""
+        return self.num_train_timesteps - 1 - timesteps if self.noisiest_first else timesteps
 
     @property
     def num_train_timesteps(self) -> int:
@@ -59,15 +99,17 @@ class NoiseSchedule:
 def epsilon_loss_scale(schedule: NoiseSchedule, prediction_type: PredictionType) -> torch.Tensor:
     """[T] the factor that turns the mean squared error of a network's prediction into its epsilon-loss.
 
-    With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0.
+    With x_t given, an error in v or x_0 is one in eps: d eps = sqrt(abar) dv = -sqrt(snr) dx_0; and an error in the
+    velocity u of a flow, x = (1 - s) x_0 + s eps, is d eps = (1 - s) du = du / (1 + sigma).
 
     Raises:
-        ValueError: `prediction_type` is not epsilon, v_prediction or sample.
+        ValueError: `prediction_type` is not epsilon, v_prediction, sample or flow.
     """
     scales = {
         "epsilon": torch.ones_like(schedule.alphas_cumprod),
         "v_prediction": schedule.alphas_cumprod,
         "sample": schedule.snr,
+        "flow": (1 + schedule.sigma) ** -2,
     }
     if prediction_type not in scales:
         raise ValueError(f"prediction_type must be one of {', '.join(scales)}, not {prediction_type!r}")

@@ -29,7 +29,7 @@ def warm_up(state: TrainingState, denoiser: Denoiser, image_shape: tuple[int, ..
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for _ in range(2):
             images = torch.randn(batch_size, *image_shape, device=device)
-            sampler.losses(denoiser.epsilon_errors(images, images, timesteps), timesteps).mean().backward()
+            sampler.losses_of_epsilon(denoiser.epsilon_errors(images, images, timesteps), timesteps).mean().backward()
         if sampler.measures_model:
             denoiser.epsilon_losses(images, images, timesteps)
     state.network.zero_grad(set_to_none=True)

@@ -103,8 +103,8 @@ def test_epsilon_loss_scale_converts_each_prediction_types_loss(schedule, T, pre
 
 
 def test_epsilon_loss_scale_refuses_other_prediction_types_by_name():
-    with pytest.raises(ValueError, match="flow"):
-        epsilon_loss_scale(tables(), "flow")
+    with pytest.raises(ValueError, match="score"):
+        epsilon_loss_scale(tables(), "score")
 
 
 def bell_where_there_is_signal(schedule, T, k):
