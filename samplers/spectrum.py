@@ -20,15 +20,16 @@ class Spectrum(NamedTuple):
     """
 
     axes: torch.Tensor  # [C, C] float64, orthonormal rows: the principal axes of the channels
-    variances: torch.Tensor  # [C, H, W] float64: s_i^2 on each axis at each frequency, in the order of torch.fft.fft2
+    variances: torch.Tensor  # [C, H, W] float64: s_i^2 on each axis at each frequency, in the order of torch.fft.fftn
 
     @classmethod
     def of(cls, images: torch.Tensor, batch_size: int = 64) -> "Spectrum":
         """The spectrum of a data set, about its mean image.
 
         Args:
-            images: [N, C, H, W] in the range that the network is trained on, a random sample of the training data. 64
-                are enough for rough values of most components, 512 for good ones of all.
+            images: [N, C, H, W] in the range that the network is trained on, a random sample of the training data; or
+                with any other number of spatial axes, as [N, C, F, H, W] of videos. 64 are enough for rough values of
+                most components, 512 for good ones of all.
             batch_size: images transformed at a time.
 
         Raises:
@@ -40,8 +41,8 @@ class Spectrum(NamedTuple):
                 f"images must be a tensor [N, C, H, W], not a {type(images).__name__}: of a dataloader's batch that "
                 "holds labels too, give the images alone"
             )
-        if images.ndim != 4:
-            raise ValueError(f"images must be [N, C, H, W], not {list(images.shape)}")
+        if images.ndim < 3:
+            raise ValueError(f"images must be [N, C, H, W], or [N, C] and other axes, not {list(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(
                 f"images must be floating-point numbers in the range that the network sees, not {images.dtype}: of "
@@ -55,7 +56,7 @@ class Spectrum(NamedTuple):
         def total(function):  # over the images, a batch of them at a time in double precision
             return sum(function(some.double().cpu() - mean) for some in images.split(batch_size))
 
-        covariance = total(lambda some: torch.einsum("nchw,ndhw->cd", some, some))
+        covariance = total(lambda some: torch.einsum("ncp,ndp->cd", some.flatten(2), some.flatten(2)))
         if not 0 < covariance.trace() < torch.inf:
             raise ValueError(
                 f"the {N} training images do not vary (or are not finite), so they have no spectrum to train by: "
@@ -71,14 +72,15 @@ class Spectrum(NamedTuple):
 
 
 def component_powers(
-    images: torch.Tensor, axes: torch.Tensor, transform: Callable[..., torch.Tensor] = torch.fft.fft2
+    images: torch.Tensor, axes: torch.Tensor, transform: Callable[..., torch.Tensor] = torch.fft.fftn
 ) -> torch.Tensor:
     """[N, C, H, W] the squared magnitudes of the components of `images` [N, C, H, W], of `axes` [C, C].
 
-    Their sum over an image is the sum of its squared pixels. With torch.fft.rfft2 as the transform, they are
+    Their sum over an image is the sum of its squared pixels. With torch.fft.rfftn as the transform, they are
     [N, C, H, W // 2 + 1]; the others are those of the opposite frequencies again.
     """
-    components = transform(torch.einsum("ac,nchw->nahw", axes, images), norm="ortho")
+    spatial = tuple(range(2, images.ndim))
+    components = transform(torch.einsum("ac,nc...->na...", axes, images), dim=spatial, norm="ortho")
     return torch.view_as_real(components).square().sum(-1)
 
 

@@ -76,7 +76,7 @@ class WienerFilter:
         )
 
     def __call__(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """[B] the losses of `errors` [B, C, H, W] in eps at `timesteps` [B].
+        """[B] the losses of `errors` [B, C, H, W] in eps at `timesteps` [B]; of other spatial axes where the data are.
 
         Raises:
             ValueError: the errors are not of the shape of the images that the spectrum is of.
@@ -87,9 +87,9 @@ class WienerFilter:
                 f"errors are {list(errors.shape[1:])}, but the spectrum is of images of {list(image_shape)}"
             )
         with torch.autocast(errors.device.type, enabled=False):
-            powers = component_powers(errors.float(), self._axes, torch.fft.rfft2)
+            powers = component_powers(errors.float(), self._axes, torch.fft.rfftn)
         signal, noise, scale = (
-            table[timesteps].view(-1, 1, 1, 1) for table in (self._signal, self._noise, self._scales)
+            table[timesteps].view(-1, *(errors.ndim - 1) * [1]) for table in (self._signal, self._noise, self._scales)
         )
         counts = scale * relative_gains(self._variances, signal, noise).pow(self.exponent) + self.plain_fraction
         return (counts * self._opposites * powers).flatten(1).sum(1)

@@ -94,6 +94,23 @@ def test_no_noise_is_plain_mean_squares_and_no_signal_has_finite_weights(size):
     torch.testing.assert_close(losses[2].double(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(16,), (4, 8, 6), (3, 5, 7)])  # tokens, videos
+def test_data_of_any_number_of_spatial_axes_have_their_filter(shape):
+    """Its loss is the sum over all components by hand, in the whole transform."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(64, 2, *shape, generator=generator).cumsum(-1) / 4
+    spectrum, t = Spectrum.of(data), torch.tensor([30, 300, 600])
+    errors = torch.randn(3, 2, *shape, generator=generator)
+    assert spectrum.variances.shape == (2, *shape)
+    losses = wiener(data, plain_fraction=0.2)(errors, t)
+    for loss, error, abar in zip(losses, errors.double(), tables().alphas_cumprod[t], strict=True):
+        gains = abar * spectrum.variances / (abar * spectrum.variances + 1 - abar)
+        counts = 0.8 * gains.square() * gains.sum() / gains.pow(3).sum() + 0.2
+        axes = torch.einsum("ac,c...->a...", spectrum.axes, error)
+        components = torch.fft.fftn(axes, dim=tuple(range(1, error.ndim)), norm="ortho")
+        assert float(loss) == pytest.approx(float((counts * components.abs().square()).mean()), rel=1e-4)
+
+
 def test_filtered_losses_are_float32_within_autocast():
     loss, t = wiener(smooth_images()), torch.tensor([5, 100, 500, 900])
     errors = torch.randn(4, 3, 8, 8).bfloat16()
