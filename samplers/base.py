@@ -63,6 +63,8 @@ class TimestepSampler:
             they send into the network is not.
         low_discrepancy: False for independent draws.
         noise_coupling: makes the noise of a batch; see `noise`.
+        gradient_accumulation_steps: G, calls of `sample` and `update` for each update of the network. Draws are equally
+            spaced, and noise is in pairs, over all batches of an update together, also where each has one image.
         seed: of the draws; the same on all ranks.
         device: where draws are made and tables live.
     """
@@ -82,9 +84,12 @@ class TimestepSampler:
         prediction_type: PredictionType = "epsilon",
         low_discrepancy: bool = True,
         noise_coupling: NoiseCoupling = independent,
+        gradient_accumulation_steps: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        if gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps must be at least 1, not {gradient_accumulation_steps}")
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter
@@ -92,6 +97,9 @@ class TimestepSampler:
         self.made_of["prediction_type"] = prediction_type
         self.low_discrepancy = low_discrepancy
         self.noise_coupling = noise_coupling
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._first_half: Any = None  # of the noise of an update, until the second half of it was given out
+        self._noise_drawn = 0  # examples of this update that have had their noise
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
@@ -132,12 +140,14 @@ class TimestepSampler:
             images: [B, C, H, W] in [-1, 1], that the timesteps are for; most samplers do not look at them.
         """
         rank, world_size = rank_and_world_size()
+        update, part = divmod(self.num_draws, self.gradient_accumulation_steps)
         if generator is None:
-            generator = self._generator.manual_seed(fold_seed(self.seed, self.num_draws))
+            generator = self._generator.manual_seed(fold_seed(self.seed, update))
         self.num_draws += 1
-        drawn = self._draw(batch_size * world_size, generator)
-        order = self._random_order(len(drawn), generator)
-        timesteps = drawn[order[rank::world_size]]
+        # Every part of an update makes the draws of all, and takes its own
+        drawn = self._draw(batch_size * self.gradient_accumulation_steps * world_size, generator)
+        order = self._random_order(len(drawn), generator)[rank::world_size]
+        timesteps = drawn[order[part * batch_size : (part + 1) * batch_size]]
         return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
 
     def _random_order(self, count, generator):
@@ -150,14 +160,26 @@ class TimestepSampler:
 
     def noise(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """[B, ...] the noise of a batch of images [B, ...], on their device: in place of `torch.randn_like(images)`.
+        Called once for each call of `sample`, before it or after.
 
         Args:
             generator: on that device; the global one by default.
         """
         if self._in_pairs:
-            warn_of_odd_batch(len(images))
+            warn_of_odd_batch(len(images) * self.gradient_accumulation_steps)
         options = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        if self._in_pairs and self.gradient_accumulation_steps > 1:
+            return self._noise_of_part(images, options)
         return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
+
+    def _noise_of_part(self, images, options):
+        """The noise of one of the batches of an update, of all of which together the second half is minus the first."""
+        size = len(images) * self.gradient_accumulation_steps
+        half, begin, end = (size + 1) // 2, self._noise_drawn, self._noise_drawn + len(images)
+        new = torch.randn(min(max(half - begin, 0), len(images)), *images.shape[1:], **options)
+        first_half = torch.cat([self._first_half, new]) if begin else new
+        self._first_half, self._noise_drawn = (first_half, end) if end < size else (None, 0)
+        return torch.cat([new, -first_half[max(begin - half + len(new), 0) : max(end - half, 0)]])
 
     def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components: of eps, whatever the

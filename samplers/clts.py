@@ -51,7 +51,8 @@ class CLTSSampler(TimestepSampler):
     def sample(
         self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
     ) -> TimestepBatch:
-        if self.num_draws % self.refresh_every == 0:
-            progress = min(self.num_draws / self.num_updates, 1.0)
+        update, part = divmod(self.num_draws, self.gradient_accumulation_steps)
+        if part == 0 and update % self.refresh_every == 0:
+            progress = min(update / self.num_updates, 1.0)
             self._set_density((1 - progress) / self.num_train_timesteps + progress * self._gaussian)
         return super().sample(batch_size, generator, images)

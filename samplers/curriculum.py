@@ -47,12 +47,12 @@ class CurriculumSampler(LogitNormalSampler):
     def sample(
         self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
     ) -> TimestepBatch:
-        if self.num_draws == self.num_updates:
+        if self.num_draws == self.num_updates * self.gradient_accumulation_steps:
             self._set_density(self._uniform())
         return super().sample(batch_size, generator, images)
 
     def _restore_density(self, probabilities):
-        is_second_phase = self.num_draws > self.num_updates
+        is_second_phase = self.num_draws > self.num_updates * self.gradient_accumulation_steps
         self._set_density(self._uniform() if is_second_phase else self.initial_density(self._schedule))
 
     def _uniform(self):

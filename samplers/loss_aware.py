@@ -48,7 +48,7 @@ class LossAwareSampler(TimestepSampler):
         losses = losses.detach().float()
         self._collect(timesteps, losses, losses.abs() < EXPLODED)
         self.updates += 1
-        if self.updates % self.refresh_every == 0:
+        if self.updates % (self.refresh_every * self.gradient_accumulation_steps) == 0:
             pending, self.pending = self._of_all_processes(self.pending), self._nothing()
             self._renew(pending)
 

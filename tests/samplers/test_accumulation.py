@@ -1,0 +1,108 @@
+"""Small batches, several for each update: they are one batch to the draws, the pairs and the density."""
+
+import pytest
+import torch
+from sampler_helpers import (
+    assert_same_state,
+    every_sampler,
+    falling_loss,
+    images_of,
+    make_adapted,
+    scheduler,
+    state_bits,
+)
+
+from samplers import make_timestep_sampler
+
+
+def adaptive(**options):
+    options = {"loss_weighting": "none", "error_filter": "none", **options}
+    return make_timestep_sampler(scheduler(), "adaptive", **options)
+
+
+@every_sampler
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 8), (2, 4), (4, 2), (3, 3), (1, 7)])
+def test_the_batches_of_an_update_together_are_one_batch(name, batch_size, steps):
+    if name == "kim":
+        pytest.skip("its draws are independent, by image")
+    whole = make_adapted(name, seed=3)
+    parts = make_adapted(name, seed=3, gradient_accumulation_steps=steps)
+    parts.load_state_dict({**whole.state_dict(), "updates": 0} if hasattr(parts, "updates") else whole.state_dict())
+    for _ in range(3):
+        expected = whole.sample(batch_size * steps)
+        timesteps, weights = (
+            torch.cat(each) for each in zip(*(parts.sample(batch_size) for _ in range(steps)), strict=True)
+        )
+        assert torch.equal(timesteps, expected.timesteps)
+        assert torch.equal(weights, expected.weights)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 8), (2, 4), (4, 2), (3, 3), (1, 7), (2, 3), (8, 1)])
+def test_noise_is_opposite_for_neighbours_in_t_whichever_batch_they_are_in(batch_size, steps):
+    sampler, images = adaptive(gradient_accumulation_steps=steps), torch.zeros(batch_size, 2, 4, 4)
+    for _ in range(2):
+        noise, timesteps = [], []
+        for _ in range(steps):
+            noise.append(sampler.noise(images))
+            timesteps.append(sampler.sample(batch_size).timesteps)
+        noise, timesteps = torch.cat(noise), torch.cat(timesteps)
+        pairs, size = len(noise) // 2, len(noise)
+        assert noise.shape == (size, 2, 4, 4)
+        assert torch.equal(noise[:pairs], -noise[size - pairs :])
+        assert len(noise.flatten(1).unique(dim=0)) == size
+        assert (timesteps[:pairs] - timesteps[size - pairs :]).abs().max() <= 1000 / size + 1
+
+
+def test_the_density_is_the_same_throughout_an_update():
+    sampler = adaptive(gradient_accumulation_steps=4, refresh_every=5, warmup=0.0)
+    changes = []
+    for call in range(80):
+        before = sampler.probabilities.clone()
+        timesteps = sampler.sample(2).timesteps
+        sampler.update(timesteps, falling_loss(1000)[timesteps])
+        if not torch.equal(sampler.probabilities, before):
+            changes.append(call)
+    assert changes == [19, 39, 59, 79]  # after the last batch of every fifth update
+
+
+def test_schedules_count_updates():
+    info_noise = make_timestep_sampler(
+        scheduler(),
+        "info_noise",
+        images=images_of(16),
+        gradient_accumulation_steps=4,
+        warmup=10,
+        refresh_every=1,
+        min_bin_count=1,
+    )
+    before = info_noise.probabilities.clone()
+    for call in range(40):
+        assert torch.equal(info_noise.probabilities, before), call
+        timesteps = info_noise.sample(50).timesteps
+        info_noise.update(timesteps, falling_loss(1000)[timesteps])
+    assert not torch.equal(info_noise.probabilities, before)
+    clts = make_timestep_sampler(scheduler(), "clts", gradient_accumulation_steps=4, num_updates=10, refresh_every=1)
+    curriculum = make_timestep_sampler(scheduler(), "curriculum", gradient_accumulation_steps=4, num_updates=10)
+    first = curriculum.probabilities.clone()
+    for call in range(44):
+        before = clts.probabilities.clone()
+        clts.sample(2)
+        curriculum.sample(2)
+        assert torch.equal(clts.probabilities, before) or call % 4 == 0
+        assert torch.equal(curriculum.probabilities, first) == (call < 40)
+
+
+def test_saved_between_updates_it_goes_on_as_it_would_have():
+    saved, loaded = adaptive(gradient_accumulation_steps=3), adaptive(gradient_accumulation_steps=3, seed=5)
+    for _ in range(6):
+        saved.sample(2)
+    loaded.load_state_dict(saved.state_dict())
+    for _ in range(6):
+        for a, b in zip(saved.sample(2), loaded.sample(2), strict=True):
+            assert torch.equal(a, b)
+    assert_same_state(state_bits(saved), state_bits(loaded))
+
+
+def test_no_accumulation_is_refused_by_name():
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be at least 1, not 0"):
+        make_timestep_sampler(scheduler(), "adaptive", images=images_of(8), gradient_accumulation_steps=0)
