@@ -100,8 +100,8 @@ class TimestepSampler(DropIn):
         self.low_discrepancy = low_discrepancy
         self.noise_coupling = noise_coupling
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._first_half: Any = None  # of the noise of an update, until the second half of it was given out
-        self._noise_drawn = 0  # examples of this update that have had their noise
+        self._first_half: Any = None  # of the noise of an update
+        self._noise_calls = 0  # of `noise`
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
@@ -189,13 +189,18 @@ class TimestepSampler(DropIn):
         return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
 
     def _noise_of_part(self, images, options):
-        """The noise of one of the batches of an update, of all of which together the second half is minus the first."""
-        size = len(images) * self.gradient_accumulation_steps
-        half, begin, end = (size + 1) // 2, self._noise_drawn, self._noise_drawn + len(images)
-        new = torch.randn(min(max(half - begin, 0), len(images)), *images.shape[1:], **options)
-        first_half = torch.cat([self._first_half, new]) if begin else new
-        self._first_half, self._noise_drawn = (first_half, end) if end < size else (None, 0)
-        return torch.cat([new, -first_half[max(begin - half + len(new), 0) : max(end - half, 0)]])
+        """The noise of one of the batches of an update, of all of which together the second half is minus the first.
+        Where a batch is of another shape than the one before, it and the rest of the update have independent noise."""
+        B, G = len(images), self.gradient_accumulation_steps
+        part, self._noise_calls = self._noise_calls % G, self._noise_calls + 1
+        half, begin, end = (B * G + 1) // 2, part * B, part * B + B
+        so_far = torch.empty(0, *images.shape[1:], device=images.device) if part == 0 else self._first_half
+        if len(so_far) != min(begin, half) or so_far.shape[1:] != images.shape[1:]:
+            self._first_half = so_far[:0]  # which fits no batch to come
+            return torch.randn(images.shape, **options)
+        new = torch.randn(min(max(half - begin, 0), B), *images.shape[1:], **options)
+        self._first_half = torch.cat([so_far.to(new.dtype), new])
+        return torch.cat([new, -self._first_half[max(begin - half + len(new), 0) : max(end - half, 0)]])
 
     def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components: of eps, whatever the
