@@ -89,9 +89,8 @@ def test_own_losses_of_the_velocity_train_the_loops_own_objective_by_the_best_de
     sampler = make_timestep_sampler(noise_scheduler, "adaptive", **options)
     t, own = torch.arange(1000), falling_loss(1000)
     adapt(sampler, sampler.losses_from(own, t))
-    inner = slice(30, None)  # at the noisy end, where epsilon's loss falls to 0, smoothing over timesteps overrates it
-    learned, best = (p[inner] / p[inner].sum() for p in (sampler.probabilities.flip(0), own.sqrt()))
-    assert total_variation(learned, best) < 5e-3
+    # At the noisy end, too, where the loss of epsilon falls to 0 within a few timesteps
+    assert total_variation(sampler.probabilities.flip(0), own.sqrt() / own.sqrt().sum()) < 5e-3
     sampler.sample(1)
     contributions = sampler.probabilities.flip(0) * sampler.weights_of(t) * sampler.losses_from(own, t)
     torch.testing.assert_close(contributions[1:], own[1:] / 1000, rtol=2e-3, atol=0)
@@ -107,8 +106,8 @@ def test_losses_of_the_velocity_as_they_are_teach_another_density():
     s = epsilon_loss_scale(NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler()), "flow").flip(0)
     adapt(sampler, sampler.losses_from(own, t))
     adapt(misled, own)
-    for given, best in ((sampler, s), (misled, s.sqrt())):
-        assert total_variation(given.probabilities.flip(0), best / best.sum()) < 5e-3
+    assert total_variation(sampler.probabilities.flip(0), s / s.sum()) < 5e-3
+    assert total_variation(misled.probabilities.flip(0), s / s.sum()) > 0.1
 
 
 def test_what_a_loop_has_not_drawn_has_no_weights():
