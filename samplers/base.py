@@ -241,7 +241,7 @@ class TimestepSampler(DropIn):
         Args:
             timesteps: [B] as drawn.
             losses: [B] of `losses` or `losses_from`, detached: of eps, without the weights. Those of another prediction
-                as they are would teach a density that is too low where s_t of `epsilon_loss_scale` is.
+                as they are teach another density.
 
         Raises:
             ValueError: nothing was drawn yet, `timesteps` are no indices, or `losses` are not one for each.

@@ -16,7 +16,7 @@ from sampler_helpers import (
     total_variation,
 )
 
-from samplers import METHODS, epsilon_loss_scale, make_timestep_sampler
+from samplers import METHODS, make_timestep_sampler
 from samplers.schedule import NoiseSchedule
 
 NONE = {"loss_weighting": "none", "error_filter": "none"}
@@ -94,20 +94,6 @@ def test_own_losses_of_the_velocity_train_the_loops_own_objective_by_the_best_de
     sampler.sample(1)
     contributions = sampler.probabilities.flip(0) * sampler.weights_of(t) * sampler.losses_from(own, t)
     torch.testing.assert_close(contributions[1:], own[1:] / 1000, rtol=2e-3, atol=0)
-
-
-def test_losses_of_the_velocity_as_they_are_teach_another_density():
-    """Which is why `update` takes those of eps."""
-    sampler, misled = (
-        make_timestep_sampler(FlowMatchEulerDiscreteScheduler(), "adaptive", uniform_fraction=1e-3, **NONE)
-        for _ in range(2)
-    )
-    t, own = torch.arange(1000), torch.ones(1000)
-    s = epsilon_loss_scale(NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler()), "flow").flip(0)
-    adapt(sampler, sampler.losses_from(own, t))
-    adapt(misled, own)
-    assert total_variation(sampler.probabilities.flip(0), s / s.sum()) < 5e-3
-    assert total_variation(misled.probabilities.flip(0), s / s.sum()) > 0.1
 
 
 def test_what_a_loop_has_not_drawn_has_no_weights():
