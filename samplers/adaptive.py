@@ -24,7 +24,9 @@ class AdaptiveSampler(LossAwareSampler):
 
     E[l_t] is a running mean over the last part of the run, whatever its length, since losses fall like a power of
     time: sums and counts that decay with the number of draws, both smoothed over neighbouring timesteps by a Gaussian
-    before they are divided. p_t is mixed with a little uniform, so that no timestep is starved and no weight explodes;
+    before they are divided. Where s_t < 1, it is E[l_t] / s_t that is smoothed, the loss of what the network predicts:
+    near pure noise l_t falls to 0 within a few timesteps, and a c_t like 1 / s_t would make much of what its neighbours
+    add to it. p_t is mixed with a little uniform, so that no timestep is starved and no weight explodes;
     until `warmup` draws per timestep were seen, p_t is uniform.
 
     Args:
@@ -63,6 +65,7 @@ class AdaptiveSampler(LossAwareSampler):
         self.warmup_draws = warmup * T
         self.last_draws = learn_until * T
         self._kernel = self._table(gaussian_kernel(smoothing * T))
+        self._smoothed_in = self._epsilon_loss_scale.clamp(1e-12, 1.0)  # not 0, as s_t of v at zero SNR
         self.sums = torch.zeros(2, T, device=self.device)  # decayed sum of losses; decayed count of draws
         self.draws_seen = torch.zeros((), device=self.device)
 
@@ -70,10 +73,12 @@ class AdaptiveSampler(LossAwareSampler):
         """[T] the current estimate of E[l_t]."""
         radius = len(self._kernel) // 2
         # Not a convolution: cuDNN may choose another algorithm on another process, and tables must be alike on all.
-        windows = F.pad(self.sums, (radius, radius)).unfold(-1, len(self._kernel), 1)
+        sums = torch.stack([self.sums[0] / self._smoothed_in, self.sums[1]])
+        windows = F.pad(sums, (radius, radius)).unfold(-1, len(self._kernel), 1)
         losses, draws = (windows * self._kernel).sum(-1)
-        overall = self.sums[0].sum() / self.sums[1].sum().clamp_min(1.0)
-        return (losses + overall) / (draws + 1)  # as if the overall mean had been seen once: defined before any draw
+        overall = sums[0].sum() / sums[1].sum().clamp_min(1.0)
+        # As if the overall mean had been seen once: defined before any draw
+        return self._smoothed_in * (losses + overall) / (draws + 1)
 
     def _renew(self, pending):
         draws = pending[1].sum()

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checks import check_drawn, check_per_example
+from .drop_in import DropIn
 from .noise_coupling import NoiseCoupling, independent, warn_of_odd_batch
 from .precision import widest_float
 from .processes import rank_and_world_size
@@ -34,7 +36,7 @@ class TimestepBatch(NamedTuple):
     weights: torch.Tensor  # [B] float32
 
 
-class TimestepSampler:
+class TimestepSampler(DropIn):
     """Draws t ~ p_t and weighs each example by w_t. Only p_t * w_t decides what a timestep counts in the objective.
 
     A subclass states its density. If it is an importance sampler (`corrects_for_density`), then w_t is the loss
@@ -98,13 +100,14 @@ class TimestepSampler:
         self.low_discrepancy = low_discrepancy
         self.noise_coupling = noise_coupling
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._first_half: Any = None  # of the noise of an update, until the second half of it was given out
-        self._noise_drawn = 0  # examples of this update that have had their noise
+        self._first_half: Any = None  # of the noise of an update
+        self._noise_calls = 0  # of `noise`
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
         self.probabilities = self._table(torch.full((T,), 1 / T))
         self._generator = torch.Generator(self.device)
+        self._drawn_weights: Any = None  # [T] w_t of the density of the latest draws
         self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
         self._flipped = schedule.flipped  # from the scheduler's order of timesteps to that of all tables here, and back
         self._set_density(self.initial_density(schedule))
@@ -147,8 +150,21 @@ class TimestepSampler:
         # Every part of an update makes the draws of all, and takes its own
         drawn = self._draw(batch_size * self.gradient_accumulation_steps * world_size, generator)
         order = self._random_order(len(drawn), generator)[rank::world_size]
-        timesteps = drawn[order[part * batch_size : (part + 1) * batch_size]]
+        return self._batch_of(drawn[order[part * batch_size : (part + 1) * batch_size]])
+
+    def _batch_of(self, timesteps):
+        """What `sample` returns, of `timesteps` [B] in the order of the tables."""
+        self._drawn_weights = self._weights  # another table takes its place when the density changes
         return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
+
+    def weights_of(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B] float32 the weights of timesteps [B] of the latest `sample`, on `device`; the same that it returned.
+
+        Raises:
+            ValueError: nothing was drawn yet, or `timesteps` are no indices.
+        """
+        check_drawn(self._drawn_weights, "weights_of")
+        return self._drawn_weights[self._in_tables(timesteps)]
 
     def _random_order(self, count, generator):
         """[count] a random permutation; for noise in pairs one that puts 2j and 2j + 1 half a batch apart."""
@@ -173,13 +189,18 @@ class TimestepSampler:
         return self.noise_coupling(images, lambda randn, *shape: randn(*shape, **options))
 
     def _noise_of_part(self, images, options):
-        """The noise of one of the batches of an update, of all of which together the second half is minus the first."""
-        size = len(images) * self.gradient_accumulation_steps
-        half, begin, end = (size + 1) // 2, self._noise_drawn, self._noise_drawn + len(images)
-        new = torch.randn(min(max(half - begin, 0), len(images)), *images.shape[1:], **options)
-        first_half = torch.cat([self._first_half, new]) if begin else new
-        self._first_half, self._noise_drawn = (first_half, end) if end < size else (None, 0)
-        return torch.cat([new, -first_half[max(begin - half + len(new), 0) : max(end - half, 0)]])
+        """The noise of one of the batches of an update, of all of which together the second half is minus the first.
+        Where a batch is of another shape than the one before, it and the rest of the update have independent noise."""
+        B, G = len(images), self.gradient_accumulation_steps
+        part, self._noise_calls = self._noise_calls % G, self._noise_calls + 1
+        half, begin, end = (B * G + 1) // 2, part * B, part * B + B
+        so_far = torch.empty(0, *images.shape[1:], device=images.device) if part == 0 else self._first_half
+        if len(so_far) != min(begin, half) or so_far.shape[1:] != images.shape[1:]:
+            self._first_half = so_far[:0]  # which fits no batch to come
+            return torch.randn(images.shape, **options)
+        new = torch.randn(min(max(half - begin, 0), B), *images.shape[1:], **options)
+        self._first_half = torch.cat([so_far.to(new.dtype), new])
+        return torch.cat([new, -self._first_half[max(begin - half + len(new), 0) : max(end - half, 0)]])
 
     def losses(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of a batch, each a mean over an image's pixels or components: of eps, whatever the
@@ -188,17 +209,52 @@ class TimestepSampler:
         Args:
             errors: [B, C, H, W] the network's errors in what it predicts (`prediction_type`), of either sign.
             timesteps: [B] as drawn.
+
+        Raises:
+            ValueError: `timesteps` are no indices, or `errors` are of another number of examples.
         """
-        scale = self._epsilon_loss_scale[self._flipped(timesteps)].sqrt()
-        return self.losses_of_epsilon(errors.float() * scale.view(-1, *(errors.ndim - 1) * [1]), timesteps)
+        timesteps = self._in_tables(timesteps, errors=errors)
+        scale = self._epsilon_loss_scale[timesteps].sqrt()
+        return self.error_filter(errors.float() * scale.view(-1, *(errors.ndim - 1) * [1]), timesteps)
 
     def losses_of_epsilon(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the same of errors in eps."""
-        return self.error_filter(errors, self._flipped(timesteps))
+        return self.error_filter(errors, self._in_tables(timesteps, errors=errors))
+
+    def losses_from(self, own_losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B] the unweighted losses of eps, from a training loop's own: s_t of `epsilon_loss_scale` times these. The
+        error filter, which needs the errors, has no part in it.
+
+        Args:
+            own_losses: [B] of what the network predicts (`prediction_type`): the mean of an example's squared errors,
+                with a mask or a weight of its own if the loop has them, but none of its timestep.
+            timesteps: [B] as drawn.
+
+        Raises:
+            ValueError: `timesteps` are no indices, or `own_losses` are not one for each.
+        """
+        return self._epsilon_loss_scale[self._in_tables(timesteps, own_losses=own_losses)] * own_losses.float()
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Learn from a step. timesteps: [B] as drawn; losses: [B] of `losses`, detached."""
-        self._learn(self._flipped(timesteps), losses)
+        """Learn from a step.
+
+        Args:
+            timesteps: [B] as drawn.
+            losses: [B] of `losses` or `losses_from`, detached: of eps, without the weights. Those of another prediction
+                as they are teach another density.
+
+        Raises:
+            ValueError: nothing was drawn yet, `timesteps` are no indices, or `losses` are not one for each.
+        """
+        check_drawn(self._drawn_weights, "update")
+        self._learn(self._in_tables(timesteps, losses=losses), losses)
+
+    def _in_tables(self, timesteps, **per_example):
+        """`timesteps` [B] as drawn as indices into the tables here."""
+        check_per_example(timesteps, self.num_train_timesteps, **per_example)
+        # Indices on the CPU are sent to a GPU without waiting for it
+        timesteps = timesteps.to(self.device, torch.int64, non_blocking=self.device.type == "cuda")
+        return self._flipped(timesteps)
 
     def _learn(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """What a subclass makes of a step; `timesteps` [B] in the order of the tables."""
@@ -246,7 +302,7 @@ class TimestepSampler:
             value = state[name]
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         self._restore_density(state["probabilities"])
-        self._weights = self.weights
+        self._weights = self._drawn_weights = self.weights
         if "version" not in state:
             self._warn_of_scale()
 

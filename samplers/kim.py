@@ -116,7 +116,7 @@ class KimSampler(TimestepSampler):
         gammas = torch._standard_gamma(concentrations, generator=generator)  # Beta.sample takes no generator
         self._drawn = (gammas[0] / gammas.sum(0)).nan_to_num(0.5).clamp(1e-6, 1 - 1e-6).float()
         timesteps = (self._drawn * (self.num_train_timesteps - 1)).round().long()
-        return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
+        return self._batch_of(timesteps)
 
     @torch.no_grad()
     def before_update(self, images: torch.Tensor, denoising_loss: DenoisingLoss) -> None:

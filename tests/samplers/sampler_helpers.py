@@ -113,10 +113,19 @@ def make_sampler(name, weighting="none", **options):
     return make_timestep_sampler(scheduler(), timestep_sampler=name, loss_weighting=weighting, **options)
 
 
+def begin(sampler):
+    """Draw, which must come before an update, and leave the draws that follow as they would have been."""
+    num_draws = sampler.num_draws
+    sampler.sample(1)
+    sampler.num_draws = num_draws
+    return sampler
+
+
 def adapt(sampler, mean_loss=None):
     """Show an adaptive sampler its mean loss at every timestep, exactly, until it renews its density."""
     T = sampler.num_train_timesteps
     mean_loss = falling_loss(T) if mean_loss is None else mean_loss
+    begin(sampler)
     for _ in range(getattr(sampler, "refresh_every", 1)):
         sampler.update(torch.arange(T, device=sampler.device), mean_loss.to(sampler.device))
     return sampler

@@ -53,6 +53,26 @@ def test_noise_is_opposite_for_neighbours_in_t_whichever_batch_they_are_in(batch
         assert (timesteps[:pairs] - timesteps[size - pairs :]).abs().max() <= 1000 / size + 1
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_batches_of_other_shapes_have_noise_of_their_own(steps):
+    """The last of an epoch, and those of a bucket of another size: none of it is anyone's opposite."""
+    sampler = adaptive(gradient_accumulation_steps=steps)
+    shapes = [(4, 2, 4, 4), (1, 2, 4, 4), (4, 2, 4, 4), (4, 2, 6, 4)]
+    for shape in [shapes[i] for i in torch.randint(4, (24,), generator=torch.Generator().manual_seed(0))]:
+        assert sampler.noise(torch.zeros(shape)).shape == shape
+        assert sampler.sample(shape[0]).timesteps.shape == shape[:1]
+    noise = [sampler.noise(torch.zeros(shape)).flatten(1) for _ in range(24 * steps) for shape in shapes[:2]]
+    assert {len(each) for each in noise} == {1, 4}
+    assert len(torch.cat(noise).abs().unique(dim=0)) == len(torch.cat(noise))
+
+
+def test_the_pairs_are_back_with_the_next_update():
+    sampler, images = adaptive(gradient_accumulation_steps=2), torch.zeros(2, 2, 4, 4)
+    sampler.noise(images)
+    sampler.noise(images[:1])
+    assert torch.equal(sampler.noise(images), -sampler.noise(images))
+
+
 def test_the_density_is_the_same_throughout_an_update():
     sampler = adaptive(gradient_accumulation_steps=4, refresh_every=5, warmup=0.0)
     changes = []

@@ -7,6 +7,7 @@ from sampler_helpers import (
     T,
     adapt,
     assert_same_state,
+    begin,
     falling_loss,
     scheduler,
     state_bits,
@@ -189,7 +190,7 @@ def test_broken_losses_are_left_out(bad):
     losses = falling_loss(T).repeat(2)
     timesteps = torch.arange(T).repeat(2)
     broken = torch.arange(2 * T) % 5 == 0
-    clean, dirty = adaptive(), adaptive()
+    clean, dirty = begin(adaptive()), begin(adaptive())
     for _ in range(40):
         clean.update(timesteps, torch.where(broken, float("nan"), losses))
         dirty.update(timesteps, torch.where(broken, bad, losses))

@@ -7,6 +7,7 @@ from sampler_helpers import (
     T,
     adapt,
     alphas_cumprod,
+    begin,
     falling_loss,
     make_sampler,
     residual_loss,
@@ -21,7 +22,7 @@ from samplers import weightings
 def test_adaptive_log_snr_keeps_an_average_of_the_loss_by_bin():
     """One loss after the other, bin by bin, as a public port of VDM++ does; then corrected as Adam's averages are."""
     generator = torch.Generator().manual_seed(0)
-    sampler = make_sampler("adaptive_log_snr", "p2", refresh_every=1)
+    sampler = begin(make_sampler("adaptive_log_snr", "p2", refresh_every=1))
     p2 = weightings.p2(tables()).numpy()
     np.testing.assert_allclose(sampler.probabilities, 0.999 * p2 / p2.sum() + 0.001 / T, rtol=1e-4)
     log_snr = np.log(alphas_cumprod() / (1 - alphas_cumprod()))

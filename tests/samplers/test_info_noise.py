@@ -7,6 +7,7 @@ import pytest
 import torch
 from sampler_helpers import (
     T,
+    begin,
     falling_loss,
     make_sampler,
     random_images,
@@ -38,7 +39,7 @@ def information_density(mmse, weighting, pivot=0.15):
 
 @pytest.mark.parametrize("pivot", [None, 0.15])
 def test_info_noise_follows_the_entropy_rate_of_a_gaussian(pivot):
-    sampler = make_sampler("info_noise", "edm", warmup=100, gate_pivot=pivot)
+    sampler = begin(make_sampler("info_noise", "edm", warmup=100, gate_pivot=pivot))
     loss = gaussian_channel_loss().float()
     before = sampler.probabilities.clone()
     for _ in range(99):
@@ -78,7 +79,7 @@ def test_info_noise_bounds_the_mmse_by_the_variance_of_the_images():
 def test_info_noises_product_does_not_depend_on_the_weighting():
     products = []
     for weighting in ("none", "edm", "min_snr"):
-        sampler = make_sampler("info_noise", weighting, warmup=0, floor=0.0)
+        sampler = begin(make_sampler("info_noise", weighting, warmup=0, floor=0.0))
         for _ in range(100):
             sampler.update(torch.arange(T), falling_loss(T))
         products.append(sampler.probabilities * sampler.weights)
@@ -87,7 +88,7 @@ def test_info_noises_product_does_not_depend_on_the_weighting():
 
 
 def test_info_noise_averages_the_last_losses_of_each_bin():
-    sampler = make_sampler("info_noise", refresh_every=1, images=9 * random_images())
+    sampler = begin(make_sampler("info_noise", refresh_every=1, images=9 * random_images()))
     bin_of = sampler._bin_of_timestep
     t = int((bin_of == bin_of.mode().values).nonzero()[0])
     seen, average = deque(maxlen=256), None

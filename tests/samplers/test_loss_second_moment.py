@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from sampler_helpers import T, adapt, assert_same_state, falling_loss, make_sampler, squares, state_bits
+from sampler_helpers import T, adapt, assert_same_state, begin, falling_loss, make_sampler, squares, state_bits
 
 from samplers.loss_aware import NOTHING, latest, push
 
@@ -51,7 +51,8 @@ class ResamplerByHand:
 @pytest.mark.parametrize("refresh_every", [1, 7])
 def test_loss_second_moment_is_iddpms_resampler(refresh_every):
     generator = torch.Generator().manual_seed(0)
-    sampler, by_hand = make_sampler("loss_second_moment", refresh_every=refresh_every), ResamplerByHand()
+    sampler = begin(make_sampler("loss_second_moment", refresh_every=refresh_every))
+    by_hand = ResamplerByHand()
     warmed_up = 0
     for _ in range(126):
         timesteps = torch.randint(T, (400,), generator=generator)

@@ -44,6 +44,7 @@ out["draws"] = sampler.sample(50).timesteps
 out["state"] = sampler.state_dict()
 
 sampler = fresh(refresh_every=4)
+sampler.sample(1)
 for _ in range(60):  # the ranks' batches differ in size, as at the end of an epoch
     sampler.update(torch.arange(1000)[: 300 - 100 * rank], loss[: 300 - 100 * rank])
 out["uneven"] = sampler.probabilities

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import results_of_two_ranks
-from sampler_helpers import RIVALS, T, assert_same_state, falling_loss, make_sampler
+from sampler_helpers import RIVALS, T, assert_same_state, begin, falling_loss, make_sampler
 
 WORKER = """
 import sys
@@ -22,6 +22,7 @@ for name in ("loss_second_moment", "uncertainty", "adaptive_log_snr", "info_nois
     options = {"warmup": 4} if name == "info_noise" else {}
     options = {"refresh_every": 4, "error_filter": "none", "images": images, **options}
     sampler = make_timestep_sampler(schedule, timestep_sampler=name, loss_weighting="edm", **options)
+    sampler.sample(1)
     for _ in range(40):
         t = torch.cat([torch.arange(1000)[rank::2], torch.arange(100 * rank)])  # batches differ in size
         sampler.update(t, loss[t])
@@ -59,7 +60,7 @@ def ranks(tmp_path_factory):
 def test_ranks_learn_the_same_tables_as_one_process(ranks, name):
     loss = (falling_loss(T) * 256).round() / 256
     options = {"warmup": 4} if name == "info_noise" else {}
-    alone = make_sampler(name, "edm", refresh_every=4, **options)
+    alone = begin(make_sampler(name, "edm", refresh_every=4, **options))
     t = torch.cat([torch.arange(T), torch.arange(100)])
     for _ in range(40):
         alone.update(t, loss[t])
