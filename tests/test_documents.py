@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import fields
 from functools import cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -43,7 +43,8 @@ DOCUMENTS = sorted(
     {*(file for folder in FOLDERS for file in (REPOSITORY / folder).glob("*.md")), *REPOSITORY.glob("docs/**/*.md")}
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
-COMPARISONS = ("comparison_cifar10_16x16", "comparison_digits")  # the columns of the README's table
+RACES = ("race_cifar10_16x16", "race_digits")  # the columns of the README's table
+COMPARISONS = ("comparison_cifar10_16x16", "comparison_digits")
 TEST_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt pytest pytest-xdist hypothesis ruff "
     "&& .venv/bin/ruff check . && .venv/bin/python -m pytest -n 2"
@@ -286,25 +287,27 @@ def test_the_shares_of_draws_that_count_are_those_of_the_samplers():
             assert f"{share:.2g}" == cell, (method, prediction_type, schedule)
 
 
-def recorded_table(comparison):
-    """[header, *rows] of the table that compare.py has left."""
-    record = (REPOSITORY / "benchmarks" / "results" / comparison / "table.md").read_text()
-    return [line for line in record.splitlines() if line.startswith("| ")]
+def recorded_tables(name):
+    """[[header, *rows], ...] of the tables that compare.py has left: of equal time and of equal images, or of one."""
+    record = (REPOSITORY / "benchmarks" / "results" / name / "table.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", record, re.MULTILINE)
+    return [[line for line in table.splitlines() if line.startswith("| ")] for table in tables]
 
 
-@pytest.mark.parametrize("comparison", COMPARISONS)
-def test_the_tables_of_results_are_those_of_the_records(comparison):
-    header, *rows = recorded_table(comparison)
+@pytest.mark.parametrize("name", [*COMPARISONS, *RACES])
+def test_the_tables_of_results_are_those_of_the_records(name):
     text = (REPOSITORY / "docs" / "results.md").read_text()
-    assert "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]) in text
+    for header, *rows in recorded_tables(name):
+        assert "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows]) in text
 
 
 def test_the_readmes_table_is_that_of_the_records():
     expected = {}
-    for row in chain.from_iterable(recorded_table(comparison)[1:] for comparison in COMPARISONS):
-        method, *_, final_score, _speed_up, _rate, seeds = (cell.strip(" `") for cell in row.strip("|").split("|"))
-        expected.setdefault(method, []).append((final_score if seeds != "1" else f"{final_score} (one seed)", seeds))
-    several = {method: cells for method, cells in expected.items() if any(seeds != "1" for _, seeds in cells)}
-    rows = re.findall(r"^\| \**`(\w+)`\** \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
-    shown = {method: [cell.replace("*", "") for cell in cells] for method, *cells in rows}
-    assert shown == {method: [score for score, _ in cells] for method, cells in several.items()}
+    for number, race in enumerate(RACES):
+        header, *rows = ([cell.strip(" `") for cell in row.strip("|").split("|")] for row in recorded_tables(race)[0])
+        by_ddim = next(i for i, title in enumerate(header) if "DDIM" in title)  # behind DDPM's last and its images
+        for cells in rows:
+            of_method = expected.setdefault(cells[0], ["–"] * 2 * len(RACES))
+            of_method[2 * number : 2 * number + 2] = cells[by_ddim - 2], cells[by_ddim]
+    rows = re.findall(r"^\| \**`(\w+)`\** \| (.*) \| (.*) \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
+    assert {method: cells for method, *cells in rows} == expected
