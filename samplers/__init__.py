@@ -73,7 +73,20 @@ TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
 
 LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
     name: getattr(weightings, name)
-    for name in ["none", "min_snr", "p2", "debiased", "v", "change_aware", "edm", "flow", "cosmap", "bell", "spectral"]
+    for name in (
+        "none",
+        "min_snr",
+        "p2",
+        "debiased",
+        "v",
+        "change_aware",
+        "edm",
+        "flow",
+        "cosmap",
+        "bell",
+        "spectral",
+        "spectral_ode",
+    )
 }
 
 ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
@@ -98,7 +111,7 @@ PARTS = {
 
 FROM_IMAGES = {  # the parts that are made from the data's spectrum, or its variance
     "timestep_sampler": {name for name, kind in TIMESTEP_SAMPLERS.items() if kind.needs_data_variance},
-    "loss_weighting": {"spectral"},
+    "loss_weighting": {"spectral", "spectral_ode"},
     "error_filter": {"wiener", "wiener_ode"},
     "noise_coupling": set(),
 }
@@ -144,6 +157,7 @@ METHODS = {  # as published
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
     "immiscible": Method("uniform", noise_coupling="immiscible"),
+    "adaptive_ode": Method("adaptive", "spectral_ode", "wiener_ode", "antithetic"),
     "adaptive": Method("adaptive", "spectral", "wiener", "antithetic"),
 }
 

@@ -1,8 +1,8 @@
 """Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2, filtered or not.
 
-Each function takes a `NoiseSchedule`, `spectral` the data's spectrum too, and returns [T] float64. A weighting is an
-objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the loss that
-`epsilon_loss_scale` converts.
+Each function takes a `NoiseSchedule`, `spectral` and `spectral_ode` the data's spectrum too, and returns [T] float64. A
+weighting is an objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the
+loss that `epsilon_loss_scale` converts.
 """
 
 import torch
@@ -106,3 +106,18 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
     undecided = (1 - abar) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
     decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
+
+
+def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
+    """c_t ∝ M_t dlog(sigma_t)/dt, M_t as in `spectral`: what an error does to an image sampled by the ODE. Mean 1.
+
+    By the end of the probability flow ODE (DDIM without noise) of Gaussian data, an error in eps at component i moves
+    the image by sigma s_i / sqrt(s_i^2 + sigma^2) per unit of log sigma: none of what is put in at high noise is
+    replaced. The squares sum up to M_t, which does not fall at the noisy end.
+
+    Args:
+        variances: [K] s_i^2, of a `Spectrum`.
+    """
+    undecided = (1 - schedule.alphas_cumprod) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
+    moved = undecided * torch.gradient(schedule.sigma.log())[0]
+    return moved / moved.mean()

@@ -104,7 +104,7 @@ def images_of(batch_size, seed=0, channels=1, size=8):
 
 
 def weighting_table(name, schedule):
-    data = [Spectrum.of(random_images()).variances.flatten()] if name == "spectral" else []
+    data = [Spectrum.of(random_images()).variances.flatten()] if name.startswith("spectral") else []
     return LOSS_WEIGHTINGS[name](schedule, *data)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from sampler_helpers import T, digits, every_schedule, moved_by_an_error, tables
 
 from samplers import Spectrum, make_timestep_sampler, weightings
@@ -80,13 +80,14 @@ def test_white_data_of_unit_variance_give_the_bell(schedule, T):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(beta_schedule):
+@pytest.mark.parametrize(("kind", "weighting"), [(DDPMScheduler, "spectral"), (DDIMScheduler, "spectral_ode")])
+def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(kind, weighting, beta_schedule):
     """It moves by R_i(t), and sum_i R_i^2 = (2 d log sigma / dt) c_t, up to one factor for all t."""
     s2, at = torch.tensor([25.0, 4.0, 0.3, 0.02], dtype=torch.float64), [30, 100, 250, 400, 550, 700, 850]
-    moved = moved_by_an_error(beta_schedule, s2, at).square().sum(1)
+    moved = moved_by_an_error(beta_schedule, s2, at, kind).square().sum(1)
     schedule = tables(beta_schedule, T)
     log_sigma_slope = torch.gradient(schedule.sigma.log())[0][at]
-    ratio = moved / (weightings.spectral(schedule, s2)[at] * log_sigma_slope)
+    ratio = moved / (getattr(weightings, weighting)(schedule, s2)[at] * log_sigma_slope)
     np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.06)
 
 
