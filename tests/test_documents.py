@@ -44,6 +44,7 @@ DOCUMENTS = sorted(
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
 RACES = ("race_cifar10_16x16", "race_digits")  # the columns of the README's table
+ABLATIONS = ("ablation_cifar10_16x16", "ablation_digits")
 COMPARISONS = ("comparison_cifar10_16x16", "comparison_digits")
 TEST_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt pytest pytest-xdist hypothesis ruff "
@@ -294,7 +295,7 @@ def recorded_tables(name):
     return [[line for line in table.splitlines() if line.startswith("| ")] for table in tables]
 
 
-@pytest.mark.parametrize("name", [*COMPARISONS, *RACES])
+@pytest.mark.parametrize("name", [*COMPARISONS, *RACES, *ABLATIONS])
 def test_the_tables_of_results_are_those_of_the_records(name):
     text = (REPOSITORY / "docs" / "results.md").read_text()
     for header, *rows in recorded_tables(name):
