@@ -13,7 +13,7 @@ class CLTSSampler(TimestepSampler):
     """p_t = (1 - lambda) U(t) + lambda N(t; mu, sigma^2), lambda = min(n / N, 1) at update n. Touches p_t alone.
 
     Easier timesteps, the noisy ones, are drawn less and less often. The density changes the objective: w_t is the loss
-    weighting alone (`none` with this method). Nothing is learned from the run; n counts the calls of `sample`.
+    weighting alone (`none` with this method). Nothing is learned from the run; n counts updates.
 
     Sources, and where this departs from them: no code by the authors was found. The mixture, mu = 0.3 T and N = 50,000
     are as in SpeeD's comparison (github.com/NUS-HPC-AI-Lab/SpeeD, `clts`); that mu = 0.3 was found best is also in the

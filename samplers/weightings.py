@@ -102,9 +102,7 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
     """
-    abar = schedule.alphas_cumprod
-    undecided = (1 - abar) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
-    decided = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
+    decided = torch.gradient(undecided(schedule, variances))[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
 
 
@@ -118,6 +116,10 @@ def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tens
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
     """
-    undecided = (1 - schedule.alphas_cumprod) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
-    moved = undecided * torch.gradient(schedule.sigma.log())[0]
+    moved = undecided(schedule, variances) * torch.gradient(schedule.sigma.log())[0]
     return moved / moved.mean()
+
+
+def undecided(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
+    """[T] M_t: how much of an image's variance x_t leaves open, for components of these variances; see `spectral`."""
+    return (1 - schedule.alphas_cumprod) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
