@@ -14,8 +14,8 @@ class CurriculumSampler(LogitNormalSampler):
 
     s is the time of a straight flow, x = (1 - s) x_0 + s eps, as for `logit_normal`. Its middle teaches structure soon;
     the ends, which a logit-normal neglects, decide the details. The density changes the objective: w_t is the loss
-    weighting alone, and the paper's is the flow's loss, `flow`. Nothing is learned from the run. A resumed
-    run follows its own options: given another number of updates, it switches then.
+    weighting alone, and the paper's is the flow's loss, `flow`. Nothing is learned from the run. A resumed run
+    follows its own options: given another number of updates, it switches then.
 
     Sources: of the paper's text, its abstract was at hand, and m = 0.8, std = 1 and the 60,000 updates, which are 40 %
     of its 150,000 on CIFAR-10, as a public repository quotes them. A run of another length needs another number.
