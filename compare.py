@@ -1,4 +1,4 @@
-"""A race of methods, in equal time, in equal images or in both: a table and two plots.
+"""A race of methods, in equal time or images: a table and two plots. Other flags are train_adaptive_ddpm.py's.
 
     python compare.py --config configs/races/methods/digits.yaml
     python compare.py --methods ddpm min_snr p2 speed adaptive --seeds 0 1 2 --max_train_seconds 600 \\

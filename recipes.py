@@ -41,6 +41,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """argparse's that tells defaults, where they tell anything."""
 
     def _get_help_string(self, action: Action) -> str:
+        if action.const is False:  # --no_use_ema, to which `HfArgumentParser` gives the help and default of --use_ema
+            return f"The same as --{action.dest} false."
         return action.help if action.default in (None, {}, []) else super()._get_help_string(action)
 
 
@@ -92,9 +94,7 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        options, others = read_options(options_class, argv)
-        for word in others:
-            raise unrecognized(word, [field.name for field in fields(options_class)])
+        options, _ = read_options(options_class, argv, takes_others=False)
         files = recipe_files(config_flag(argv))
     except ValueError as error:
         option_parser(options_class).error(" ".join(str(error).split()))
@@ -103,11 +103,14 @@ def parse_options(options_class: type[Options], argv: Sequence[str] | None = Non
     return options
 
 
-def read_options(options_class: type[Options], argv: Sequence[str]) -> tuple[Options, list[str]]:
+def read_options(
+    options_class: type[Options], argv: Sequence[str], takes_others: bool = True
+) -> tuple[Options, list[str]]:
     """(Options, words of `argv` that are none of theirs), as `parse_options` has them. Prints nothing.
 
     Raises:
-        ValueError: naming the flag, or the recipe's line. What argparse itself refuses exits with status 2.
+        ValueError: naming the flag, or the recipe's line; or, unless it `takes_others`, the first of these words. What
+            argparse itself refuses exits with status 2.
     """
     parser = option_parser(options_class)
     flags = option_flags(parser, options_class)
@@ -115,6 +118,8 @@ def read_options(options_class: type[Options], argv: Sequence[str]) -> tuple[Opt
     parser.set_defaults(**recipe)
     argv, assignments = split_assignments(list(argv), flags)
     namespace, others = parser.parse_known_args(argv)
+    if others and not takes_others:  # first of all: a misspelt flag is not one that is missing
+        raise unrecognized(others[0], flags)
     values = vars(namespace)
     for name, value in recipe.items():
         if isinstance(value, JsonDict):

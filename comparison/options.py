@@ -27,7 +27,7 @@ class ComparisonOptions:
     _recipe_block = "compare"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/races/.")
-    output_dir: str | None = HfArg(default=None, help="Where runs, results.json, the table and the plots go.")
+    output_dir: str | None = HfArg(default=None, help="Where runs, results.json, the table and the plots go; required.")
     methods: list[str] = field(
         default_factory=list, metadata={"help": "Methods and variants that take part; default: all of both."}
     )
@@ -70,7 +70,7 @@ class ComparisonOptions:
         for flag in ("methods", "seeds", "score_at", "score_at_images", "score_samplers"):
             values = getattr(self, flag)
             if len(set(values)) < len(values):
-                raise ValueError(f"--{flag} {' '.join(map(str, values))}: must be given, and each once")
+                raise ValueError(f"--{flag} {' '.join(map(str, values))}: must hold each once")
         if sorted(self.score_at) != self.score_at or self.score_at[-1] != 1:
             raise ValueError(f"--score_at {' '.join(map(str, self.score_at))}: must rise from above 0 to 1")
         if sorted(self.score_at_images) != self.score_at_images:

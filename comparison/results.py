@@ -174,7 +174,8 @@ def check_same_settings(flag: str, results: dict[str, Any], settings: dict[str, 
     """
     for name, then in results["settings"].items():
         if name in settings and then != settings[name]:
-            raise ValueError(f"{flag}: has other settings: its {name} is {then}, not {settings[name]}")
+            of_flags = " (--max_train_seconds, --score_at, --score_at_images)" if name == "ladders" else ""
+            raise ValueError(f"{flag}: has other settings: its {name}{of_flags} is {then}, not {settings[name]}")
 
 
 def check_same_entrants(flag: str, results: dict[str, Any], entrants: dict[str, Any]) -> None:

@@ -41,9 +41,9 @@ class OutputOptions:
     _argument_group_name = "Pipeline and output"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
-    pipeline: str | None = HfArg(default=None, help="Folder or Hub id; with a DDPM or DDIM scheduler.")
+    pipeline: str | None = HfArg(default=None, help="Folder or Hub id; with a DDPM or DDIM scheduler; required.")
     variant: str | None = HfArg(default=None, help="Of its weights, as in diffusers: fp16 for *.fp16.safetensors.")
-    output_dir: str | None = HfArg(default=None, help="Where the images go; made when missing.")
+    output_dir: str | None = HfArg(default=None, help="Where the images go; made when missing; required.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete images made with other settings, and nothing else.")
     num_images: int = HfArg(default=64, help="How many images. More than before extends the folder.")
     batch_size: int = HfArg(default=64, help="Images per network call and process; the last are padded.")

@@ -33,9 +33,9 @@ class ComparisonOptions:
     _argument_group_name = "Comparison: 1 is the generated set, 2 the reference"
 
     config: str | None = HfArg(default=None, help="A recipe (YAML) of these options; flags override it.")
-    input1: str | None = HfArg(default=None, help="Generated images: generate.py's or any folder, an .npz, a data set.")
-    input2: str | None = HfArg(default=None, help="Reference images, likewise; a Hub name, or 'digits'.")
-    output_dir: str | None = HfArg(default=None, help=f"Where {RESULT_FILE} goes.")
+    input1: str | None = HfArg(default=None, help="Generated images: any folder, an .npz or a data set; required.")
+    input2: str | None = HfArg(default=None, help="Reference images, likewise; a Hub name, or 'digits'; required.")
+    output_dir: str | None = HfArg(default=None, help=f"Where {RESULT_FILE} goes; required.")
     overwrite_output_dir: bool = HfArg(default=False, help=f"Replace the {RESULT_FILE} in --output_dir.")
     metrics: list[str] | None = field(
         default=None, metadata={"help": f"Of {' '.join(METRICS)}; default: all that apply to the feature extractor."}

@@ -8,6 +8,8 @@ from conftest import TINY_UNET
 from diffusers import UNet2DModel
 from PIL import Image
 
+from generation.options import GenerationOptions
+from recipes import parse_options
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 from training.network import build_network
@@ -73,6 +75,20 @@ def test_a_bad_flag_is_named_with_its_value_and_what_is_allowed(flags, parts, ca
         assert part in line
 
 
+def test_a_misspelt_flag_is_not_said_to_be_missing(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(GenerationOptions, ["--pipelin", "runs/digits", "--output_dir", "samples"])
+    assert "unrecognized arguments: --pipelin; did you mean 'pipeline'?" in capsys.readouterr().err
+
+
+def test_help_says_of_a_negated_flag_that_it_is_one(capsys):
+    with pytest.raises(SystemExit):
+        command_line(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--no_use_ema, --no-use-ema The same as --use_ema false. --ema" in said
+    assert "Save an exponential moving average of the weights. (default: True)" in said
+
+
 BAD_STARTS = [
     (["--dataset_name", "no/such-data"], ["no/such-data"]),
     (["--dataset_name", "/no/such/folder"], ["/no/such/folder"]),
@@ -106,7 +122,7 @@ BAD_STARTS = [
     (["--timestep_sampler_options", '{"refresh_every": "x"}'], ["--timestep_sampler_options", "refresh_every"]),
     (["--method", "immiscible", "--timestep_sampler_options", '{"num_candidates": 0}'], ["num_candidates"]),
     (["--timestep_sampler_options", '{"seed": 3}'], ["--timestep_sampler_options", "seed"]),
-    (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint"]),
+    (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint", "must be latest, or"]),
     (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),
     (["--train_batch_size", 2**24, "--gradient_accumulation_steps", 2**24], ["--train_batch_size 16777216", "GB"]),
     (["--push_to_hub"], ["--push_to_hub", "run"]),

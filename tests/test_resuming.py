@@ -246,6 +246,7 @@ def test_a_life_that_is_killed_at_its_end_is_finished_though_an_earlier_one_had_
 def test_another_sampler_or_objective_cannot_take_over(train, flags, message):
     train("run", "--max_train_steps", 6).wait()
     run = train("run", "--resume_from_checkpoint", "latest", *flags).wait(1)
+    assert "--resume_from_checkpoint" in run.output.splitlines()[-1]
     assert message in run.output.splitlines()[-1]
     options = yaml.safe_load((run.folder / "training_options.yaml").read_text())
     assert options["method"] == "adaptive"  # what cannot be gone on with leaves no trace

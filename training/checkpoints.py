@@ -94,6 +94,12 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], None]) 
         path = Path(wanted)
         if not path.is_dir() and (Path(output_dir) / wanted).is_dir():
             path = Path(output_dir) / wanted
+        if not (path / MANIFEST).is_file():
+            known = [str(checkpoint) for _, checkpoint in list_checkpoints(path) or list_checkpoints(output_dir)]
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted}: is no checkpoint, as it has no {MANIFEST}; must be latest, or the "
+                f"folder of one{': ' * bool(known)}{', '.join(known)}"
+            )
         if damage := checkpoint_damage(path):
             raise ValueError(f"--resume_from_checkpoint {wanted}: {damage}")
         return path

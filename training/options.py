@@ -110,7 +110,7 @@ class ModelOptions:
     )
     vae: str | None = HfArg(default=None, help="An AutoencoderKL's folder or Hub id: train in its latents.")
     latents_dir: str | None = HfArg(default=None, help="Where these are kept, encoded once; default: a cache.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Less memory, for a fourth to a third more time.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Less memory, for more time: the forward pass runs twice.")
     noise_scheduler: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
     )

@@ -89,7 +89,10 @@ class TrainingState:
         load_checkpoint(self.accelerator, start.checkpoint)
         override_settings(self.optimizer, self.lr_scheduler, settings)
         for name in ("sampler", "meter", "guard"):
-            getattr(self, name).load_state_dict(start.process_state[name])
+            try:
+                getattr(self, name).load_state_dict(start.process_state[name])
+            except ValueError as error:
+                raise ValueError(f"--resume_from_checkpoint {start.checkpoint}: {error}") from error
         self.step, self.images = start.step, start.images
         self.accelerator.print(f"resumed from {start.checkpoint}")
 

@@ -184,7 +184,10 @@ def test_results_of_an_earlier_version_are_refused(missing, write_results, tmp_p
     ("changes", "message"),
     [
         ({"device": "slide rule"}, "its device is slide rule, not abacus"),
-        ({"settings": {"ladders": {"seconds": [2.0]}}}, "has other settings: its ladders is {'seconds': [2.0]}, not"),
+        (
+            {"settings": {"ladders": {"seconds": [2.0]}}},
+            "has other settings: its ladders (--max_train_seconds, --score_at, --score_at_images) is {'seconds': [2.0]",
+        ),
         ({"settings": {"resolution": 16}}, "has other settings: its resolution is 16, not 8"),
     ],
 )
