@@ -21,7 +21,7 @@ from training.clock import PhaseClock
 from training.data import identify, open_batches, read_data
 from training.denoiser import Denoiser
 from training.dry_run import dry_run
-from training.evaluation import build_evaluation
+from training.evaluation import build_evaluator, build_validation
 from training.failures import checkpoint_if_data_fails, last_good_checkpoint
 from training.intervals import plan_intervals
 from training.latents import encode_images
@@ -59,6 +59,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
 
     # What to train, on which images and timesteps
     dataset, validation_images = read_data(options, accelerator, start)
+    evaluator = build_evaluator(options, accelerator, dataset, clock)  # a misspelt one ends no hours of encoding
     vae, dataset, validation_images = encode_images(options, accelerator, dataset, validation_images, clock)
     classes = dataset.classes if options.class_conditional else None
     noise_scheduler = build_noise_scheduler(options, options.planned_num_steps)
@@ -73,7 +74,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
         return accelerator.print(nothing_to_train)
     state = build_state(options, accelerator, network, sampler, identify(options, dataset, vae), clock, max_steps)
     state.begin(start, options.seed)
-    evaluator, validation = build_evaluation(options, accelerator, dataset, validation_images, clock)
+    validation = build_validation(options, accelerator, validation_images, dataset.classes)
 
     # An update, and the end of updates
     null, share = null_label(network.config), options.share_of_null_labels

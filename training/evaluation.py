@@ -17,28 +17,37 @@ from .validation import ValidationLoss
 MIN_REFERENCE = 10_000  # training images to compare with, if there are as many
 
 
-def build_evaluation(
-    options: TrainingOptions,
-    accelerator: Accelerator,
-    dataset: ImageDataset | LatentDataset,
-    validation_images: ImageDataset | LatentDataset | None,
-    clock: PhaseClock,
-) -> tuple["Evaluator | None", ValidationLoss | None]:
-    """What measures the model during training, as far as the options want it: by its samples, and by its loss.
+def build_evaluator(
+    options: TrainingOptions, accelerator: Accelerator, dataset: ImageDataset, clock: PhaseClock
+) -> "Evaluator | None":
+    """What scores samples during training, if the options want it. The global random state stays as it is.
 
     Raises:
-        ValueError: of `Evaluator`, or of validation images that cannot be read.
+        ValueError: of `Evaluator`.
     """
-    evaluator = validation = None
-    batch_size, seed = options.train_batch_size, options.seed
-    if options.eval_steps or options.eval_seconds:
-        with clock.phase("eval"):
-            evaluator = Evaluator(options, dataset.pixels, accelerator, seed, batch_size)
-            evaluator.add_reference()
-    if validation_images is not None:
-        labels = labels_of(options, validation_images, dataset.classes)
-        validation = ValidationLoss(validation_images, labels, options.ddpm_num_steps, batch_size, accelerator)
-    return evaluator, validation
+    if not options.eval_steps and not options.eval_seconds:
+        return None
+    with clock.phase("eval"), torch.random.fork_rng(devices=[]):
+        evaluator = Evaluator(options, dataset, accelerator, options.seed, options.train_batch_size)
+        evaluator.add_reference()
+    return evaluator
+
+
+def build_validation(
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    validation_images: ImageDataset | LatentDataset | None,
+    classes: list[str] | None,
+) -> ValidationLoss | None:
+    """What measures the loss on held-out images, if there are any.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if validation_images is None:
+        return None
+    labels = labels_of(options, validation_images, classes)
+    return ValidationLoss(validation_images, labels, options.ddpm_num_steps, options.train_batch_size, accelerator)
 
 
 class Evaluator:

@@ -130,6 +130,12 @@ def test_scores_and_validation_in_latents(train, in_latents):
     assert "Encoding" not in again.output
 
 
+def test_a_feature_extractor_that_cannot_be_is_refused_before_anything_is_encoded(train, in_latents, tmp_path):
+    run = train("run", *in_latents, "--eval_steps", 3, "--eval_feature_extractor", tmp_path / "absent").wait(1)
+    assert f"--eval_feature_extractor {tmp_path}/absent" in run.output.splitlines()[-1]
+    assert not (tmp_path / "latents").exists()
+
+
 def test_the_cache_has_a_folder_for_each_part_of_the_images(train, vae, tmp_path):
     """The images to train on stay the same, and those to measure the validation loss on do not."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 8, 8), np.uint8)
