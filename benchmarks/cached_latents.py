@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from timing import summary, time_interleaved
-from transformers.hf_argparser import HfArg
+from timing import TimingOptions, summary, time_interleaved
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
 from images import LatentDataset, normalize
 from pipelines import null_label
 from recipes import one_line_errors, parse_options
@@ -26,7 +27,7 @@ from training.clock import PhaseClock
 from training.data import open_batches, open_training_data
 from training.denoiser import Denoiser
 from training.latents import encode_images
-from training.machine import device_name, library_versions
+from training.machine import device_name, library_versions, this_command
 from training.methods import build_sampler
 from training.network import build_network
 from training.noise_schedule import build_noise_scheduler
@@ -38,18 +39,7 @@ from training.warm_up import warm_up
 
 
 @dataclass
-class MeasurementOptions:
-    """What is measured, and how often."""
-
-    _argument_group_name = "Measurement"
-
-    output_json: str | None = HfArg(default=None, help="Where the measurements go.")
-    repeats: int = HfArg(default=7, help="Timed rounds, after one untimed.")
-    steps_per_repeat: int = HfArg(default=10, help="Training steps a round.")
-
-
-@dataclass
-class CachedLatentsOptions(TrainingOptions, MeasurementOptions):
+class CachedLatentsOptions(TrainingOptions, TimingOptions):
     """Those of training, and those of the measurement."""
 
 
@@ -59,6 +49,7 @@ def main(options: CachedLatentsOptions) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
     torch.set_float32_matmul_precision("high")
     with one_line_errors(ValueError, OSError):
+        check_new_record(options.output_json)
         dataset, _ = open_training_data(options)
         vae, latents, _ = encode_images(options, accelerator, dataset, None, PhaseClock(accelerator.device))
     update = make_update(options, accelerator, latents)
@@ -77,10 +68,11 @@ def main(options: CachedLatentsOptions) -> None:
     results = {
         "steps_per_second": rates,
         "cached_over_online": summary(ratios),
+        "seed": options.seed,
         "threads": torch.get_num_threads(),
         "device": device_name(accelerator.device),
         "versions": library_versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": this_command(),
     }
     for name, values in {**rates, "cached over online": results["cached_over_online"]}.items():
         print(f"{name:20} {values['median']:8.3f}  ({values['min']:.3f} to {values['max']:.3f})")

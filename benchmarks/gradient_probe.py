@@ -24,10 +24,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
 from images import normalize, open_images
+from recipes import one_line_errors
 from samplers import ERROR_FILTERS, NoiseSchedule, Spectrum, checked_weights, epsilon_loss_scale, fold_seed
 from training.denoiser import Denoiser
-from training.machine import device_name
+from training.machine import device_name, this_command
 from training.saving import write_json
 
 OBJECTIVES = ("none", "min_snr", "p2", "bell", "spectral")
@@ -39,7 +42,7 @@ class ProbeOptions:
     """Options of benchmarks/gradient_probe.py."""
 
     pipeline: str = field(metadata={"help": "A trained DDPMPipeline: folder or Hub id."})
-    output_json: str = field(metadata={"help": "Where the measurements go."})
+    output_json: str = field(metadata={"help": "New file of the measurements."})
     dataset_name: str = field(default="digits", metadata={"help": "As in training."})
     num_bins: int = field(default=20, metadata={"help": "K, bins of timesteps."})
     examples: int = field(default=24, metadata={"help": "Images a bin."})
@@ -49,6 +52,8 @@ class ProbeOptions:
 
 
 def main(options):
+    with one_line_errors(ValueError):
+        check_new_record(options.output_json)
     pipeline = DDPMPipeline.from_pretrained(options.pipeline).to(options.device)
     unet, schedule = pipeline.unet, NoiseSchedule.from_scheduler(pipeline.scheduler)
     dataset = open_images(options.dataset_name, resolution=unet.config.sample_size)
@@ -78,7 +83,7 @@ def main(options):
         results["metrics"][name] = table
     results |= {"pipeline": options.pipeline, "error_filter": options.error_filter, "examples": options.examples}
     results["device"] = device_name(torch.device(options.device))
-    results["command"] = " ".join(["python", *sys.argv])
+    results |= {"seed": options.seed, "command": this_command()}
     write_json(results, Path(options.output_json))
     print_table(results)
 

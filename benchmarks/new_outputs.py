@@ -14,9 +14,11 @@ def check_new_folder(output_dir: str, dataset_name: str) -> None:
         raise ValueError(f"--output_dir {folder}: must be a new or an empty folder, as nothing is written over")
 
 
-def check_new_record(output_json: str, *other_suffixes: str) -> None:
+def check_new_record(output_json: str | None, *other_suffixes: str) -> None:
     """Raise ValueError, naming `--output_json`, unless it is a new .json file in a folder that exists, and there is no
-    file of this name and another suffix either."""
+    file of this name and another suffix either. None is no record."""
+    if output_json is None:
+        return
     record = Path(output_json)
     if record.suffix != ".json" or not record.parent.is_dir():
         raise ValueError(f"--output_json {record}: must be a file name that ends in .json, in a folder that exists")

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samplers import fold_seed, make_timestep_sampler
 from training.denoiser import Denoiser
-from training.machine import device_name
+from training.machine import device_name, this_command
 from training.metrics import by_bin
 
 
@@ -61,7 +61,7 @@ def main():
         print(f"{label:20} loss {runs[label]['loss']:.4f}", flush=True)
     draw(runs, moments, f"{args.output}.png")
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": this_command(),
         "arguments": asdict(args),
         "hardware": device_name(torch.device("cpu")),
         "torch": torch.__version__,

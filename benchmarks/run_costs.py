@@ -23,8 +23,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
+from recipes import one_line_errors
 from train_adaptive_ddpm import command_line
-from training.machine import device_name, library_versions
+from training.machine import device_name, library_versions, this_command
 from training.saving import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -35,7 +38,7 @@ FIXED = ["--eval_batch_size", "0", "--logger", "none"]
 class RunCostOptions:
     """Options of benchmarks/run_costs.py; the training script's follow after `--`."""
 
-    output_json: str = field(metadata={"help": "Where the measurements go."})
+    output_json: str = field(metadata={"help": "New file of the measurements."})
     num_processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Each is run in its turn."})
     steps: int = field(
         default=200, metadata={"help": "Updates of a run, after which it saves a checkpoint and the pipeline."}
@@ -46,6 +49,8 @@ class RunCostOptions:
 def main(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     (options,) = HfArgumentParser(RunCostOptions).parse_args_into_dataclasses(argv[:split])
+    with one_line_errors(ValueError):
+        check_new_record(options.output_json)
     flags = argv[split + 1 :]
     batch_size = command_line(flags).train_batch_size
     for processes in options.num_processes:
@@ -60,7 +65,7 @@ def main(argv):
     }
     results = {"processes": table, "steps": options.steps, "flags": flags, "cores": os.cpu_count()}
     results |= {"device": device_name(torch.device("cpu")), "versions": library_versions()}
-    results["command"] = " ".join(["python", *sys.argv])
+    results["command"] = this_command()
     write_json(results, Path(options.output_json))
     for processes, costs in table.items():
         for key, row in costs.items():

@@ -21,11 +21,14 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
 from images import normalize, open_images
+from recipes import one_line_errors
 from samplers import NoiseSchedule, fold_seed
 from training.denoiser import Denoiser
 from training.evaluation import Evaluator
-from training.machine import device_name
+from training.machine import device_name, this_command
 from training.saving import write_json
 
 
@@ -35,7 +38,7 @@ class SwapOptions:
 
     weak: str = field(metadata={"help": "DDPMPipeline of early in a run: folder or Hub id."})
     strong: str = field(metadata={"help": "DDPMPipeline of later in the run."})
-    output_json: str = field(metadata={"help": "Where the measurements go."})
+    output_json: str = field(metadata={"help": "New file of the measurements."})
     dataset_name: str = field(default="digits", metadata={"help": "As in training."})
     boundaries: list[int] = field(
         default_factory=lambda: [0, 50, 150, 300, 500, 700, 1000], metadata={"help": "Of the segments of timesteps."}
@@ -64,6 +67,8 @@ class SwappedUNet(torch.nn.Module):
 
 
 def main(options):
+    with one_line_errors(ValueError):
+        check_new_record(options.output_json)
     state = PartialState()
     weak, strong = (DDPMPipeline.from_pretrained(path).to(state.device) for path in (options.weak, options.strong))
     dataset = open_images(options.dataset_name, resolution=weak.unet.config.sample_size)
@@ -90,7 +95,7 @@ def main(options):
             }
         )
     results = {"score": evaluator.name, "weak": weak_score, "strong": strong_score, "segments": rows}
-    results |= {"device": device_name(state.device), "command": " ".join(["python", *sys.argv])}
+    results |= {"seed": options.seed, "device": device_name(state.device), "command": this_command()}
     write_json(results, Path(options.output_json))
     print(f"{evaluator.name}: {weak_score:.3f} -> {strong_score:.3f}")
     for row in rows:

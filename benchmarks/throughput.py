@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from timing import interleaved, seconds_of, summary, time_interleaved
+from timing import TimingOptions, interleaved, seconds_of, summary, time_interleaved
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -37,6 +37,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
 from generation.options import DTYPES
 from images import open_images
 from pipelines import choose_kernels, sample_images, to_pil
@@ -46,7 +48,7 @@ from train_adaptive_ddpm import train_step
 from training.clock import PhaseClock
 from training.data import open_batches
 from training.denoiser import Denoiser
-from training.machine import device_name, library_versions
+from training.machine import device_name, library_versions, this_command
 from training.methods import build_sampler
 from training.network import build_network
 from training.noise_schedule import build_noise_scheduler
@@ -58,26 +60,24 @@ from training.warm_up import warm_up
 
 
 @dataclass
-class MeasurementOptions:
-    """What is measured, and how often."""
+class SamplingRoundOptions:
+    """What is measured beside training steps."""
 
-    _argument_group_name = "Measurement"
+    _argument_group_name = "Sampling and data"
 
-    output_json: str | None = HfArg(default=None, help="Where the measurements go.")
-    repeats: int = HfArg(default=7, help="Timed rounds, after one untimed.")
-    steps_per_repeat: int = HfArg(default=10, help="Training steps a round.")
     sampling_batch_size: int = HfArg(default=64, help="Images of a sampling round.")
     sampling_steps: int = HfArg(default=20, help="Denoising steps of a sampling round.")
     data_images: int = HfArg(default=4096, help="Of the data set, that diffusers' script is given.")
 
 
 @dataclass
-class ThroughputOptions(TrainingOptions, MeasurementOptions):
+class ThroughputOptions(TrainingOptions, TimingOptions, SamplingRoundOptions):
     """Those of training, and those of the measurement."""
 
 
 def main(options):
     with one_line_errors(ValueError, OSError):
+        check_new_record(options.output_json)
         dataset = open_images(options.dataset_name, resolution=options.resolution, cache_dir=options.cache_dir)
     if min(len(dataset), options.data_images) < options.train_batch_size:
         raise SystemExit(
@@ -113,10 +113,11 @@ def main(options):
             for batch in (batch_size, 8 * batch_size)
         },
         "step_milliseconds": 1000 * batch_size / training["ours"]["median"],
+        "seed": options.seed,
         "threads": torch.get_num_threads(),
         "device": device_name(device),
         "versions": library_versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": this_command(),
     }
     print_table(results)
     if options.output_json:

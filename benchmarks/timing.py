@@ -3,9 +3,22 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class TimingOptions:
+    """What is measured, and how often."""
+
+    _argument_group_name = "Measurement"
+
+    output_json: str | None = HfArg(default=None, help="New file of the measurements.")
+    repeats: int = HfArg(default=7, help="Timed rounds, after one untimed.")
+    steps_per_repeat: int = HfArg(default=10, help="Training steps a round.")
 
 
 def interleaved(functions: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, list]:

@@ -32,7 +32,7 @@ from pipelines.files import named_save_errors
 from progress import progress_bar
 from recipes import check_ranges, one_line_errors, parse_options
 from scoring.frechet_metric import make_frechet_metric
-from training.machine import device_name, library_versions
+from training.machine import device_name, library_versions, this_command
 from training.options import validation_share
 from training.saving import replace_file, write_json
 from training.validation import divide
@@ -118,7 +118,7 @@ def main(options: AutoencoderOptions) -> None:
             "options": asdict(options),
             "device": device_name(device),
             "versions": library_versions(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": this_command(),
         }
         print(*(f"{name}: {results[name]}" for name in ("parameters", "updates", "latents", "test")), sep="\n")
         if options.output_json:

@@ -1,6 +1,7 @@
 """The documents hold: links lead somewhere, commands are understood, snippets run, tables are those of the records."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -27,6 +28,7 @@ import run_costs
 import swap_test
 import throughput
 import train_autoencoder
+import training_memory
 
 import samplers
 from comparison.entrants import check_training_flags
@@ -66,6 +68,7 @@ OPTIONS = {
     "cached_latents.py": cached_latents.CachedLatentsOptions,
     "feature_extractor.py": feature_extractor.ExtractorOptions,
     "train_autoencoder.py": train_autoencoder.AutoencoderOptions,
+    "training_memory.py": training_memory.MemoryOptions,
 }
 OF_ACCELERATE = {"--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--cpu"}
 OF_OTHERS = {"--help", "--check"}  # argparse's; ruff's
@@ -312,3 +315,14 @@ def test_the_readmes_table_is_that_of_the_records():
             of_method[2 * number : 2 * number + 2] = cells[by_ddim - 2], cells[by_ddim]
     rows = re.findall(r"^\| \**`(\w+)`\** \| (.*) \| (.*) \| (.*) \| (.*) \|$", README.read_text(), re.MULTILINE)
     assert {method: cells for method, *cells in rows} == expected
+
+
+def test_parameters_and_memory_are_those_of_the_record():
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "training_memory.json").read_text())
+    for name, numbers in record["networks"].items():
+        parameters, *gigabytes = (number / 1e9 for number in numbers.values())
+        if name.startswith("U-Net"):
+            assert f"{1000 * parameters:.0f} million parameters" in README.read_text()
+        else:
+            row = " | ".join([name.partition(",")[0], *(f"{number:.1f} GB" for number in gigabytes)])
+            assert f"| {row} |" in (REPOSITORY / "docs" / "training.md").read_text()

@@ -20,11 +20,14 @@ import method_pictures
 import run_costs
 import swap_test
 import throughput
+import training_memory
 
 from images import open_images, sample_posterior
 from images.encoding import encode
 from recipes import parse_options
 from samplers import METHODS, NoiseSchedule, checked_weights, epsilon_loss_scale
+from training.network import build_network
+from training.options import TrainingOptions
 
 T = 100
 
@@ -149,6 +152,22 @@ def fork_contestants(monkeypatch, after):
     methods = chain(repeat("spawn", after), repeat("forkserver"))
     contexts = SimpleNamespace(get_context=lambda _: multiprocessing.get_context(next(methods)))
     monkeypatch.setattr(throughput, "multiprocessing", contexts)
+
+
+def test_the_memory_of_a_step_is_counted_from_shapes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_memory, "CASES", {f"of {n}": ("unet", n, 3, 8) for n in (2, 4)})
+    path = tmp_path / "memory.json"
+    training_memory.main(training_memory.MemoryOptions(str(path)))
+    record = json.loads(path.read_text())
+    two, four = record["networks"].values()
+    unet = build_network(TrainingOptions(), 3, 8)
+    assert two["parameters"] == four["parameters"] == sum(parameter.numel() for parameter in unet.parameters())
+    assert two["bytes_of_weights_and_the_like"] == 5 * 4 * two["parameters"]
+    assert four["bytes_of_activations"] == 2 * two["bytes_of_activations"]
+    assert four["bytes_with_gradient_checkpointing"] < four["bytes_of_activations"]
+    assert f"{two['parameters']:,}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is there already"):
+        training_memory.main(training_memory.MemoryOptions(str(path)))
 
 
 def test_the_throughput_benchmark_runs(tmp_path, monkeypatch):

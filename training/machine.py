@@ -2,11 +2,18 @@
 
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+
+def this_command() -> str:
+    """The command line of this process, as it is to be typed again."""
+    return shlex.join(["python", *sys.argv])
 
 
 def library_versions() -> dict[str, str]:
