@@ -51,7 +51,9 @@ def summarise(results: dict[str, Any]) -> dict[str, Summary]:
 
 
 def baseline(results: dict[str, Any]) -> str | None:
-    """The entrant over which speed-ups are: the first that is plain DDPM."""
+    """The entrant over which speed-ups are: the one that the results name, or the first that is plain DDPM."""
+    if "baseline" in results:
+        return results["baseline"]
     return next((name for name, entrant in results["entrants"].items() if entrant["options"] == PLAIN), None)
 
 

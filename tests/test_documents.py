@@ -21,10 +21,12 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cached_latents
 import feature_extractor
+import flow_matching
 import gradient_probe
 import method_pictures
 import rivals_behaviour
 import run_costs
+import sampler_cost
 import swap_test
 import throughput
 import train_autoencoder
@@ -66,6 +68,8 @@ OPTIONS = {
     "swap_test.py": swap_test.SwapOptions,
     "throughput.py": throughput.ThroughputOptions,
     "cached_latents.py": cached_latents.CachedLatentsOptions,
+    "flow_matching.py": flow_matching.FlowMatchingOptions,
+    "sampler_cost.py": sampler_cost.SamplerCostOptions,
     "feature_extractor.py": feature_extractor.ExtractorOptions,
     "train_autoencoder.py": train_autoencoder.AutoencoderOptions,
     "training_memory.py": training_memory.MemoryOptions,

@@ -102,16 +102,22 @@ class Evaluator:
         Args:
             is_abandoned: asked by all processes before each batch; once it is true, there is no score (None).
         """
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
+        steps = self.options.eval_num_inference_steps
+        return self.score_of(lambda indices: sample_images(pipeline, indices, self.seed, steps), is_abandoned)
+
+    def score_of(
+        self, draw: Callable[[range], torch.Tensor], is_abandoned: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """The same of `eval_num_images` images that `draw` makes: uint8 [B, C, H, W] of the numbers of B images."""
         if not self.has_reference:
             self.add_reference()
-        pipeline.to(self.device).set_progress_bar_config(disable=True)
         for indices in self._shares(self.options.eval_num_images):
             if is_abandoned():
                 self.metric.reset()
                 return None
             if indices:
-                images = sample_images(pipeline, indices, self.seed, self.options.eval_num_inference_steps)
-                self.metric.update(images, real=False)
+                self.metric.update(draw(indices), real=False)
         score = self.metric.compute().item()
         self.metric.reset()  # but for the reference
         return score
