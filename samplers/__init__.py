@@ -211,6 +211,8 @@ def make_timestep_sampler(
     *,
     images: torch.Tensor | None = None,
     prediction_type: str | None = None,
+    min_timestep: float | None = None,
+    max_timestep: float | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> TimestepSampler:
@@ -228,14 +230,18 @@ def make_timestep_sampler(
         prediction_type: of the network, "epsilon", "v_prediction", "sample" or "flow"; by default what the noise
             scheduler's `config` says, an object or a mapping; where it says nothing, "flow" if the schedule is a
             flow's, else "epsilon".
+        min_timestep, max_timestep: train only from one to the other, both included: timesteps as the network is given
+            them, which for a flow are its noise levels in [0, 1] times T, whatever their order in the tables. 875 and
+            None for the high-noise expert of Wan 2.2 (text to video), None and 875 for the other one. The sampler is
+            that of the part: its tables have no more timesteps, and a density over t, as `clts` has it, spans the part.
         device: where to draw; the training device.
         options: `timestep_sampler`, `loss_weighting`, `error_filter` and `noise_coupling`, keys of `PARTS`' registries,
             in place of the method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`,
             `uniform_fraction`, ...) and of the noise coupling (`num_candidates` of `immiscible`).
 
     Raises:
-        ValueError: an unknown name or option, no images where they are needed or unusable ones, or a method that this
-            noise schedule does not allow.
+        ValueError: an unknown name or option, no images where they are needed or unusable ones, a method that this
+            noise schedule does not allow, or fewer than two timesteps between `min_timestep` and `max_timestep`.
     """
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     config = getattr(noise_scheduler, "config", None)
@@ -244,6 +250,7 @@ def make_timestep_sampler(
     if prediction_type is None:
         read = config.get if isinstance(config, Mapping) else partial(getattr, config)
         prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")
+    noise_scheduler = noise_scheduler.between(min_timestep, max_timestep)
     spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
     error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)
@@ -283,12 +290,14 @@ def resolve_method(method: str, **parts: str | None) -> Method:
 def checked_weights(name: str, schedule: NoiseSchedule, spectrum: Spectrum | None = None) -> torch.Tensor:
     """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
     data = [spectrum.variances.flatten()] if name in FROM_IMAGES["loss_weighting"] and spectrum is not None else []
-    values = LOSS_WEIGHTINGS[name](schedule, *data).float()  # as it will be used: EDM's may overflow
+    values = schedule.own(LOSS_WEIGHTINGS[name](schedule.whole, *data))  # of a part, what they count in the whole
+    values = values.float()  # as it will be used: EDM's may overflow
     if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
         bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
         raise ValueError(
-            f"loss_weighting {name!r} cannot be used with this noise schedule: at timestep {bad} the weight "
-            f"is {float(values[bad])} (abar = {float(schedule.alphas_cumprod[bad]):.3g})"
+            f"loss_weighting {name!r} cannot be used with this noise schedule: at timestep "
+            f"{float(schedule.timesteps[bad]):g} the weight is {float(values[bad])} "
+            f"(abar = {float(schedule.alphas_cumprod[bad]):.3g})"
         )
     return values
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_drawn, check_per_example
+from .checks import allowed_indices, check_drawn, check_per_example
 from .drop_in import DropIn
 from .noise_coupling import NoiseCoupling, independent, warn_of_odd_batch
 from .precision import widest_float
@@ -32,7 +32,7 @@ def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) ->
 class TimestepBatch(NamedTuple):
     """Timesteps for one batch, and the factor on each example's loss."""
 
-    timesteps: torch.Tensor  # [B] int64 in [0, T): indices into the noise scheduler's tables
+    timesteps: torch.Tensor  # [B] int64: indices into the noise scheduler's tables
     weights: torch.Tensor  # [B] float32
 
 
@@ -55,7 +55,8 @@ class TimestepSampler(DropIn):
     two of a pair are on different ones.
 
     Args:
-        schedule: the noise schedule.
+        schedule: the noise schedule, or the part of one that is trained, `schedule.between(min_timestep,
+            max_timestep)`: to a sampler it is a schedule of its own, and T is the number of its timesteps.
         loss_weights: [T] the loss weighting c_t; ones by default.
         error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares. One that
             is made from data has `state_dict` and `load_state_dict`: it becomes a part of the sampler's state.
@@ -105,11 +106,13 @@ class TimestepSampler(DropIn):
         self.seed = seed
         self.num_draws = 0  # calls of `sample` so far: with the seed, the whole state of the random draws
         self.loss_weights = self._table(torch.ones(T) if loss_weights is None else loss_weights)
+        if self.loss_weights.shape != (T,):
+            raise ValueError(f"loss_weights must be [{T}], one for each timestep, not {list(self.loss_weights.shape)}")
         self.probabilities = self._table(torch.full((T,), 1 / T))
         self._generator = torch.Generator(self.device)
         self._drawn_weights: Any = None  # [T] w_t of the density of the latest draws
         self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
-        self._flipped = schedule.flipped  # from the scheduler's order of timesteps to that of all tables here, and back
+        self._schedule = schedule
         self._set_density(self.initial_density(schedule))
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
@@ -135,7 +138,8 @@ class TimestepSampler(DropIn):
     def sample(
         self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
     ) -> TimestepBatch:
-        """Draw a batch: timesteps [B] int64 in [0, T) and weights [B] float32, on `device`.
+        """Draw a batch: timesteps [B] int64, indices into the noise scheduler's tables, and weights [B] float32, on
+        `device`.
 
         Args:
             batch_size: B, of this process.
@@ -155,7 +159,7 @@ class TimestepSampler(DropIn):
     def _batch_of(self, timesteps):
         """What `sample` returns, of `timesteps` [B] in the order of the tables."""
         self._drawn_weights = self._weights  # another table takes its place when the density changes
-        return TimestepBatch(self._flipped(timesteps), self._weights[timesteps])
+        return TimestepBatch(self._schedule.to_scheduler(timesteps), self._weights[timesteps])
 
     def weights_of(self, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] float32 the weights of timesteps [B] of the latest `sample`, on `device`; the same that it returned.
@@ -164,7 +168,7 @@ class TimestepSampler(DropIn):
             ValueError: nothing was drawn yet, or `timesteps` are no indices.
         """
         check_drawn(self._drawn_weights, "weights_of")
-        return self._drawn_weights[self._in_tables(timesteps)]
+        return self._drawn_weights[self._in_tables(timesteps)[0]]
 
     def _random_order(self, count, generator):
         """[count] a random permutation; for noise in pairs one that puts 2j and 2j + 1 half a batch apart."""
@@ -213,13 +217,12 @@ class TimestepSampler(DropIn):
         Raises:
             ValueError: `timesteps` are no indices, or `errors` are of another number of examples.
         """
-        timesteps = self._in_tables(timesteps, errors=errors)
-        scale = self._epsilon_loss_scale[timesteps].sqrt()
-        return self.error_filter(errors.float() * scale.view(-1, *(errors.ndim - 1) * [1]), timesteps)
+        timesteps, scale = self._in_tables(timesteps, errors=errors)
+        return self.error_filter(errors.float() * scale.sqrt().view(-1, *(errors.ndim - 1) * [1]), timesteps)
 
     def losses_of_epsilon(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the same of errors in eps."""
-        return self.error_filter(errors, self._in_tables(timesteps, errors=errors))
+        return self.error_filter(errors, self._in_tables(timesteps, errors=errors)[0])
 
     def losses_from(self, own_losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[B] the unweighted losses of eps, from a training loop's own: s_t of `epsilon_loss_scale` times these. The
@@ -233,7 +236,7 @@ class TimestepSampler(DropIn):
         Raises:
             ValueError: `timesteps` are no indices, or `own_losses` are not one for each.
         """
-        return self._epsilon_loss_scale[self._in_tables(timesteps, own_losses=own_losses)] * own_losses.float()
+        return self._in_tables(timesteps, own_losses=own_losses)[1] * own_losses.float()
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Learn from a step.
@@ -247,14 +250,18 @@ class TimestepSampler(DropIn):
             ValueError: nothing was drawn yet, `timesteps` are no indices, or `losses` are not one for each.
         """
         check_drawn(self._drawn_weights, "update")
-        self._learn(self._in_tables(timesteps, losses=losses), losses)
+        self._learn(self._in_tables(timesteps, losses=losses)[0], losses)
 
     def _in_tables(self, timesteps, **per_example):
-        """`timesteps` [B] as drawn as indices into the tables here."""
-        check_per_example(timesteps, self.num_train_timesteps, **per_example)
+        """`timesteps` [B] as drawn as indices into the tables here, and s_t of each."""
+        check_per_example(timesteps, self._schedule, **per_example)
         # Indices on the CPU are sent to a GPU without waiting for it
         timesteps = timesteps.to(self.device, torch.int64, non_blocking=self.device.type == "cuda")
-        return self._flipped(timesteps)
+        timesteps = self._schedule.of_scheduler(timesteps)
+        try:  # without waiting; and -1 is not taken for the last, as [timesteps] would
+            return timesteps, self._epsilon_loss_scale.index_select(0, timesteps)
+        except IndexError as error:
+            raise ValueError(f"timesteps must be {allowed_indices(self._schedule)}: one is outside") from error
 
     def _learn(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """What a subclass makes of a step; `timesteps` [B] in the order of the tables."""
@@ -329,7 +336,12 @@ class TimestepSampler(DropIn):
             )
 
     def _kind(self):
-        return {"sampler": type(self).__name__, "num_train_timesteps": self.num_train_timesteps}
+        part = None if self._schedule.part_of is None else self._schedule.timesteps[[0, -1]].tolist()
+        return {
+            "sampler": type(self).__name__,
+            "timestep_range": part,
+            "num_train_timesteps": self.num_train_timesteps,
+        }
 
     def _parts(self):
         """What the objective is made of, by name."""

@@ -2,17 +2,26 @@
 
 import torch
 
+from .schedule import NoiseSchedule
+
 INDEX_TYPES = (torch.int32, torch.int64)
 
 
-def check_per_example(timesteps: torch.Tensor, num_train_timesteps: int, **per_example: torch.Tensor) -> None:
+def allowed_indices(schedule: NoiseSchedule) -> str:
+    """In words: which timesteps `sample` draws."""
+    ends = torch.tensor([0, schedule.num_train_timesteps - 1])
+    first, last = schedule.to_scheduler(ends).sort().values.tolist()
+    return f"integers in [{first}, {last + 1}) as `sample` draws them, indices into the noise scheduler's tables"
+
+
+def check_per_example(timesteps: torch.Tensor, schedule: NoiseSchedule, **per_example: torch.Tensor) -> None:
     """Refuse timesteps that are no indices, and errors or losses of another batch.
 
-    The values are not looked at, since they are on the device: one out of range fails there, or stands for another.
+    The values are not looked at, since they may be on a GPU.
 
     Args:
-        timesteps: [B] integers in [0, T).
-        num_train_timesteps: T.
+        timesteps: [B] integers.
+        schedule: of which they are.
         per_example: by its name, `errors` [B, ...], or losses [B].
 
     Raises:
@@ -20,9 +29,8 @@ def check_per_example(timesteps: torch.Tensor, num_train_timesteps: int, **per_e
     """
     if timesteps.dtype not in INDEX_TYPES:
         raise ValueError(
-            f"timesteps must be integers in [0, {num_train_timesteps}) as `sample` draws them, indices into the noise "
-            f"scheduler's tables, not {timesteps.dtype}: what these hold, as a flow's timesteps and sigmas, is for the "
-            "network"
+            f"timesteps must be {allowed_indices(schedule)}, not {timesteps.dtype}: what these hold, as a flow's "
+            "timesteps and sigmas, is for the network"
         )
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps must be [B], one for each example, not {list(timesteps.shape)}")

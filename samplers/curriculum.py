@@ -40,10 +40,6 @@ class CurriculumSampler(LogitNormalSampler):
         self.num_updates = num_updates
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
 
-    def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
-        self._schedule = schedule
-        return super().initial_density(schedule)
-
     def sample(
         self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
     ) -> TimestepBatch:

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
+from .schedule import NoiseSchedule
+
 
 class DropIn:
     """The part of a `TimestepSampler` that takes the place of a function of diffusers'."""
 
-    num_train_timesteps: int
+    _schedule: NoiseSchedule
     sample: Callable[..., Any]
 
     def compute_density_for_timestep_sampling(
@@ -34,4 +36,4 @@ class DropIn:
             generator: as `sample` takes it: on the sampler's device, in the same state on all ranks.
         """
         timesteps = self.sample(batch_size, generator).timesteps
-        return ((timesteps + 0.5) / self.num_train_timesteps).to(device)
+        return ((timesteps + 0.5) / self._schedule.whole.num_train_timesteps).to(device)

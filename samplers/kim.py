@@ -82,7 +82,7 @@ class KimSampler(TimestepSampler):
         T = self.num_train_timesteps
         self.update_every, self.num_selected = update_every, num_selected
         self.entropy_coef, self.learning_rate, self.max_grad_norm = entropy_coef, learning_rate, max_grad_norm
-        self._vlb_scale = self._table(vlb_scale(schedule))
+        self._vlb_scale = self._table(schedule.own(vlb_scale(schedule.whole)))
         self.channels: Any = None  # these three: of phi, which is flat, from the first images on
         self.policy: Any = None
         self.moments: Any = None
@@ -147,7 +147,10 @@ class KimSampler(TimestepSampler):
 
         def terms(images, timesteps, generator):
             noise = torch.randn(images.shape, generator=generator, device=self.device)
-            return self._vlb_scale[timesteps] * denoising_loss(images, noise, self._flipped(timesteps)).float()
+            return (
+                self._vlb_scale[timesteps]
+                * denoising_loss(images, noise, self._schedule.to_scheduler(timesteps)).float()
+            )
 
         generator = self._stream(self.updates, 16 + world_size + rank)
         at_selected = torch.stack([terms(images, t.expand(len(images)), generator) for t in self.selected], 1)

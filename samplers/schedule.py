@@ -1,6 +1,7 @@
 """The noise schedule as every sampler and weighting sees it: tables over the training timesteps."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,10 +20,24 @@ class NoiseSchedule:
     Args:
         alphas_cumprod: [T] float64 on the CPU, abar_t, decreasing in (0, 1]; the last may be 0 (zero terminal SNR).
         noisiest_first: whether the scheduler's own tables begin at the noisy end. The tables here never do.
+        part_of: the schedule of which these are the timesteps from `first` on, if they are not all; see `between`.
+
+    Raises:
+        ValueError: the table rises, or leaves [0, 1].
     """
 
     alphas_cumprod: torch.Tensor
     noisiest_first: bool = False
+    part_of: "NoiseSchedule | None" = None
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        abar = self.alphas_cumprod
+        if not ((abar >= 0) & (abar <= 1)).all() or not (abar.diff() <= 0).all():
+            raise ValueError(
+                f"alphas_cumprod must fall from each to the next within [0, 1], not from {float(abar[0]):.4g} to "
+                f"{float(abar[-1]):.4g} with the least {float(abar.min()):.4g} and the largest {float(abar.max()):.4g}"
+            )
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: object) -> "NoiseSchedule":
@@ -34,6 +49,11 @@ class NoiseSchedule:
         """
         alphas_cumprod, sigmas = (getattr(noise_scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
         kind = type(noise_scheduler).__name__
+        if alphas_cumprod is not None and getattr(getattr(noise_scheduler, "config", None), "use_flow_sigmas", False):
+            raise ValueError(
+                f"{kind} with use_flow_sigmas has no table to train a flow by, but the `alphas_cumprod` of another "
+                "process: give FlowMatchEulerDiscreteScheduler(shift=...), by which the training adds noise"
+            )
         if alphas_cumprod is None and sigmas is None:
             raise ValueError(
                 f"{kind} has neither `alphas_cumprod` nor `sigmas`: timestep samplers need a scheduler with a discrete "
@@ -71,13 +91,65 @@ class NoiseSchedule:
         s[-1] = s[-1] if s[-1] < 1 else (1 + s[-2]) / 2
         return cls((1 - s) ** 2 / ((1 - s) ** 2 + s**2), noisiest_first=True)
 
-    def flipped(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Indices into the scheduler's tables as such into these, and the other way round."""
-        return self.num_train_timesteps - 1 - timesteps if self.noisiest_first else timesteps
+    def between(self, min_timestep: float | None = None, max_timestep: float | None = None) -> "NoiseSchedule":
+        """The part of the schedule with `min_timestep` <= timestep <= `max_timestep`: a schedule of its own.
+
+        Indices into the scheduler's tables stay what they are.
+
+        Args:
+            min_timestep, max_timestep: in the unit of `timesteps`, as trainers have them; None for no bound.
+
+        Raises:
+            ValueError: fewer than two timesteps are between them, or the first is a fraction of 1.
+        """
+        t = self.timesteps
+        low = -math.inf if min_timestep is None else min_timestep
+        high = math.inf if max_timestep is None else max_timestep
+        inside = (t >= low) & (t <= high)
+        # Of a fraction, as Wan's boundary_ratio of 0.875, nearly all timesteps would be above
+        if inside.sum() < 2 or 0 < low < 1:
+            raise ValueError(
+                f"min_timestep {min_timestep} and max_timestep {max_timestep} must have two timesteps or more between "
+                f"them: timesteps as the network is given them, {float(t[0]):g} to {float(t[-1]):g} with this noise "
+                "schedule, not fractions of these"
+            )
+        if inside.all():
+            return self
+        first, last = inside.nonzero()[[0, -1], 0].tolist()
+        return replace(
+            self, alphas_cumprod=self.alphas_cumprod[first : last + 1], part_of=self.whole, first=self.first + first
+        )
+
+    @property
+    def whole(self) -> "NoiseSchedule":
+        """The schedule of all the scheduler's timesteps."""
+        return self if self.part_of is None else self.part_of
+
+    def own(self, table: torch.Tensor) -> torch.Tensor:
+        """[T] of a `table` [all] over the timesteps of `whole`, those of the timesteps here."""
+        return table[self.first : self.first + self.num_train_timesteps]
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """[T] what the network is given: t; of a flow s * T, rounded to thousandths, as float32 tables miss them."""
+        T = self.whole.num_train_timesteps
+        if self.noisiest_first:
+            return (self.sigma / (1 + self.sigma) * T).round(decimals=3)
+        return self.own(torch.arange(T, dtype=torch.float64))
+
+    def to_scheduler(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Indices into the tables here as such into the scheduler's."""
+        last = self.whole.num_train_timesteps - 1
+        return last - self.first - timesteps if self.noisiest_first else timesteps + self.first
+
+    def of_scheduler(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices into the scheduler's tables as such into the tables here."""
+        last = self.whole.num_train_timesteps - 1
+        return last - self.first - indices if self.noisiest_first else indices - self.first
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """T, or of a part the number of its timesteps."""
         return len(self.alphas_cumprod)
 
     @property

@@ -13,7 +13,8 @@ class SpeeDSampler(TimestepSampler):
 
     The mirror image of t is m - t below m and t - m above it, as in the authors' code, so the density that results
     (`probabilities`) is not k : 1 exactly. tau and m are those of `boundaries`. In the authors' batches of n, n / 2 + 1
-    are drawn and n / 2 - 1 are their mirror images.
+    are drawn and n / 2 - 1 are their mirror images. Of a part of the schedule, a timestep whose mirror image is outside
+    is its own.
     The density changes the objective: w_t is the loss weighting alone (the paper's is `change_aware`).
 
     Its state holds k, tau and m: a resumed run draws as it began, whatever a version makes of the boundaries.
@@ -34,15 +35,19 @@ class SpeeDSampler(TimestepSampler):
         super().__init__(schedule, loss_weights, **options)
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
-        self.tau, self.mirror = boundaries(schedule, "timestep sampler 'speed'")
+        self.tau, self.mirror = boundaries(schedule.whole, "timestep sampler 'speed'")
         return self._density()
 
     def _density(self):
-        return torch.where(torch.arange(self.num_train_timesteps) < self.tau, self.k, 1.0)
+        return torch.where(self._timesteps() < self.tau, self.k, 1.0)
+
+    def _timesteps(self):
+        return self._schedule.first + torch.arange(self.num_train_timesteps)
 
     def _set_density(self, density):
-        t, m = torch.arange(self.num_train_timesteps), self.mirror
-        self._mirror_of = torch.where(t < m, m - t, t - m).to(self.device)
+        t, m = self._timesteps(), self.mirror
+        mirrored = torch.where(t < m, m - t, t - m)
+        self._mirror_of = (torch.where((mirrored < t[0]) | (mirrored > t[-1]), t, mirrored) - t[0]).to(self.device)
         asymmetric = self._table(density / density.sum())
         mirrored = torch.zeros_like(asymmetric).index_add_(0, self._mirror_of, asymmetric)
         self.probabilities = (asymmetric + mirrored) / 2

@@ -147,6 +147,22 @@ def test_it_draws_timesteps_where_there_is_nothing_but_torch(unpacked, torch_alo
         assert 0 < loss < float("inf")
 
 
+def test_it_trains_the_networks_of_trainers_in_use_by_their_lines(unpacked, monkeypatch):
+    """SD3's, Flux's, Stable Diffusion's and Wan's at toy size, in the loops of docs/integrations.md."""
+    monkeypatch.syspath_prepend(unpacked)
+    monkeypatch.syspath_prepend(REPOSITORY / "tests" / "integrations")
+    package, loops = importlib.import_module("adaptive_timesteps"), importlib.import_module("test_trainers")
+    assert Path(package.__file__).parent == unpacked / "adaptive_timesteps"
+    for name in ("train_dreambooth_lora_sd3", "train_dreambooth_lora_flux", "train_text_to_image, v", "Wan"):
+        trainer = loops.TRAINERS[name]
+        own = {"loss_weighting": trainer.plain_weighting, "error_filter": "none", "gradient_accumulation_steps": 2}
+        sampler = package.make_timestep_sampler(trainer.noise_scheduler, "adaptive", **own)
+        network = trainer.make_network()
+        before = [p.detach().clone() for p in network.parameters()]
+        assert all(loss.isfinite() for loss, _ in loops.update(trainer, network, sampler))
+        assert sum(loops.moved(before, network)) > len(before) / 2
+
+
 def public_functions(module):
     """(name, function) of what a module defines without a leading underscore, and the constructors."""
     for name, value in vars(module).items():

@@ -153,6 +153,20 @@ def sd_scripts_sd3_train_network(model, noise_scheduler, sampler, latents):
     return (weights * loss).mean(), own.mean()
 
 
+def musubi_tuner(model, noise_scheduler, sampler, latents):
+    """kohya: the high-noise expert of Wan 2.2."""
+    noise = sampler.noise(latents)
+    indices, weights = sampler.sample(len(latents))
+    timesteps = (1000 - indices).float()
+    assert (timesteps >= 875).all()
+    t = (timesteps / 1000).view(-1, *[1] * (latents.ndim - 1))
+    model_pred = model((1 - t) * latents + t * noise, timesteps, text(len(latents)), return_dict=False)[0]
+    loss = own = F.mse_loss(model_pred.float(), (noise - latents).float(), reduction="none").flatten(1).mean(1)
+    loss = sampler.losses_from(loss, indices)
+    sampler.update(indices, loss.detach())
+    return (weights * loss).mean(), own.mean()
+
+
 def onetrainer(model, noise_scheduler, sampler, scaled_latent_image):
     """Timesteps rise with the noise: sigma = (timestep + 1) / T."""
     latent_noise = sampler.noise(scaled_latent_image)
@@ -185,6 +199,7 @@ class Trainer(NamedTuple):
     noise_scheduler: object
     plain_weighting: str  # with which an equal draw trains as the trainer itself does
     size: tuple[int, ...] = (4, 8, 8)
+    min_timestep: float | None = None
 
 
 V = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
@@ -202,6 +217,7 @@ TRAINERS = {
     "sd-scripts, epsilon": Trainer(sd_scripts_train_network, unet_with_text, DDPMScheduler(), "none"),
     "sd-scripts, v": Trainer(sd_scripts_train_network, unet_with_text, DDPMScheduler(**V), "v"),
     "sd-scripts, SD3": Trainer(sd_scripts_sd3_train_network, sd3, FLOW, "flow"),
+    "musubi-tuner": Trainer(musubi_tuner, wan, PLAIN_FLOW, "flow", (4, 3, 8, 8), min_timestep=875),
     "OneTrainer": Trainer(onetrainer, flux, PLAIN_FLOW, "flow"),
     "SimpleTuner": Trainer(simpletuner, flux, PLAIN_FLOW, "flow"),
 }
@@ -224,6 +240,7 @@ def update(trainer, network, sampler):
 def make(trainer, method="adaptive", **options):
     images = latents(16, *trainer.size)
     options = {"images": images, "gradient_accumulation_steps": ACCUMULATION_STEPS, **options}
+    options["min_timestep"] = trainer.min_timestep
     return make_timestep_sampler(trainer.noise_scheduler, method, **options)
 
 

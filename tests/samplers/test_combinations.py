@@ -118,6 +118,13 @@ def test_schedulers_without_a_discrete_schedule_are_refused_by_name():
         make_timestep_sampler(DDPMScheduler(num_train_timesteps=1))
 
 
+@pytest.mark.parametrize("table", [[0.1, 0.5, 0.9], [1.2, 0.5, 0.1], [0.9, 0.5, -0.1], [0.9, float("nan"), 0.1]])
+def test_tables_that_are_no_noise_schedule_are_refused(table):
+    """Such as one in the order of sampling."""
+    with pytest.raises(ValueError, match=rf"alphas_cumprod must fall .* within \[0, 1\], not from {table[0]}"):
+        make_timestep_sampler(SimpleNamespace(alphas_cumprod=torch.tensor(table)), "ddpm")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_beyond_float32_are_refused_by_name(method):
     almost_no_signal = DDPMScheduler(num_train_timesteps=10000)  # abar_T = 3e-44: EDM's weight is 1e44

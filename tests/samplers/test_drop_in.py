@@ -145,6 +145,19 @@ def test_another_batchs_are_refused(call):
         CALLS[call](sampler, torch.arange(4)[:, None], 4)
 
 
+@pytest.mark.parametrize("call", [*CALLS, "weights_of"])
+@pytest.mark.parametrize("noise_scheduler", [scheduler(), FlowMatchEulerDiscreteScheduler()], ids=["ddpm", "flow"])
+@pytest.mark.parametrize("bad", [-1, 1000])
+def test_indices_of_no_timestep_are_refused(bad, noise_scheduler, call):
+    """Also where [-1] would be taken for the last."""
+    sampler = make_timestep_sampler(noise_scheduler, "adaptive", **NONE)
+    sampler.sample(4)
+    ask = CALLS.get(call, lambda sampler, timesteps, count: sampler.weights_of(timesteps))
+    with pytest.raises(ValueError, match=r"timesteps must be integers in \[0, 1000\) .*: one is outside"):
+        ask(sampler, torch.tensor([0, 999, 5, bad]), 4)
+    assert sampler.state_dict()["pending"].sum() == 0
+
+
 def test_means_over_the_batch_and_losses_of_pixels_are_refused():
     sampler = make_adapted("adaptive")
     for losses in (torch.tensor(0.1), torch.ones(4, 1, 8, 8), torch.ones(4, 1)):

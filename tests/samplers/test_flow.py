@@ -3,11 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from sampler_helpers import T, adapt, draws, falling_loss, images_of, total_variation
 from scipy import stats
 
-from samplers import METHODS, NoiseSchedule, Spectrum, WienerFilter, epsilon_loss_scale, make_timestep_sampler
+from samplers import (
+    METHODS,
+    NoiseSchedule,
+    Spectrum,
+    WienerFilter,
+    epsilon_loss_scale,
+    make_timestep_sampler,
+    weightings,
+)
 
 
 def flow(**options):
@@ -80,27 +93,55 @@ def test_the_plain_loss_of_the_velocity_is_uniform_with_the_weighting_flow():
     torch.testing.assert_close(weighted, errors.square().mean((1, 2, 3)), rtol=2e-3, atol=0)
 
 
-def test_the_filter_for_the_ode_counts_what_an_error_of_the_velocity_does_to_the_finished_image():
-    """Of two components at the same noise, by diffusers' own steps with the perfect velocity for Gaussian data."""
+def gaussian_velocity(variances, s):
+    """E[eps - x_0 | x] / x of components of these variances."""
+    return (s - (1 - s) * variances) / ((1 - s) ** 2 * variances + s**2)
+
+
+def euler(scheduler, variances, error_at):
+    """diffusers' own steps of the ODE, with an error of 1 in the velocity at one of them."""
+    scheduler.set_timesteps(T)
+    x = torch.ones(1, len(variances), dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        velocity = gaussian_velocity(variances, scheduler.sigmas[i].double()) * x + 1.0 * (i == error_at)
+        x = scheduler.step(velocity, t, x).prev_sample.double()
+    return x[0]
+
+
+def ancestral(scheduler, variances, error_at):
+    """Draws of x at the next s, given x and the x_0 that the velocity says: DDPM's posterior, of x = (1 - s) x_0 + s
+    eps. Its noise, the same with an error and without, is left out."""
+    s = torch.cat([scheduler.sigmas.double(), torch.zeros(1)])
+    x = torch.ones(len(variances), dtype=torch.float64)
+    for i in range(1, T):  # at s = 1 nothing is known of x_0
+        velocity = gaussian_velocity(variances, s[i]) * x + 1.0 * (i == error_at)
+        x0, a, next_a = x - s[i] * velocity, 1 - s[i], 1 - s[i + 1]
+        kept = (s[i + 1] / s[i]) ** 2 * a / next_a
+        x = next_a * x0 + kept * (x - a * x0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("sample", "error_filter", "weighting"),
+    [(euler, "wiener_ode", "spectral_ode"), (ancestral, "wiener", "spectral")],
+)
+def test_filter_and_weighting_count_what_an_error_of_the_velocity_does_to_the_finished_image(
+    sample, error_filter, weighting
+):
+    """Of Gaussian data, sampled by the ODE or the SDE with the perfect velocity but for one error. Of two components at
+    the same noise, an error's square counts its share; of two noise levels, what it moves in all components, where
+    errors of epsilon are equal: an error of 1 in u is one of 1 - s."""
     images = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(2).cumsum(3) / 8
     spectrum, scheduler = Spectrum.of(images), flow()
+    at, s = [100, 400, 700, 900], flow().sigmas.double()
+    variances = spectrum.variances.flatten()
+    undisturbed = sample(flow(), variances, None)
+    moved = torch.stack([sample(flow(), variances, i) - undisturbed for i in at]).square()
+
+    exponent = 1.0 if error_filter == "wiener_ode" else 2.0
+    sampler = make_timestep_sampler(scheduler, images=images, error_filter=error_filter, loss_weighting=weighting)
+    sampler.error_filter = WienerFilter(tables(), spectrum, plain_fraction=1e-9, exponent=exponent)
     chosen = [(0, 0), (0, 1), (2, 2)]
-    variances = torch.stack([spectrum.variances[0][at] for at in chosen])
-    at = [100, 400, 700, 900]
-
-    def finished(error_at):
-        scheduler.set_timesteps(T)
-        x = torch.ones(1, 3, dtype=torch.float64)
-        for i, t in enumerate(scheduler.timesteps):
-            s = scheduler.sigmas[i].double()
-            gain = ((s - (1 - s) * variances) / ((1 - s) ** 2 * variances + s**2)).double()  # E[eps - x_0 | x] / x
-            x = scheduler.step(gain * x + 1.0 * (i == error_at), t, x).prev_sample.double()
-        return x[0]
-
-    undisturbed = finished(None)
-    moved = torch.stack([finished(i) - undisturbed for i in at]).square()
-    sampler = make_timestep_sampler(flow(), images=images, error_filter="wiener_ode")
-    sampler.error_filter = WienerFilter(tables(), spectrum, plain_fraction=1e-9, exponent=1.0)
     counts = []
     for frequency in chosen:
         component = torch.zeros(1, 1, 8, 8, dtype=torch.complex128)
@@ -108,8 +149,54 @@ def test_the_filter_for_the_ode_counts_what_an_error_of_the_velocity_does_to_the
         wave = torch.fft.ifft2(component, norm="ortho").real
         wave = (wave / wave.square().sum().sqrt()).float().expand(len(at), -1, -1, -1)
         counts.append(sampler.losses(wave, torch.tensor(at)))
-    ours, theirs = (values / values.sum(1, keepdim=True) for values in (torch.stack(counts, 1).double(), moved))
+    theirs = torch.stack([moved[:, 8 * row + column] for row, column in chosen], 1)
+    ours, theirs = (values / values.sum(1, keepdim=True) for values in (torch.stack(counts, 1).double(), theirs))
     np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=1e-6)
+
+    # sum_i R_i^2 for errors of 1 in eps is c_t d log sigma / dt, up to one factor for all t
+    of_epsilon = moved.sum(1) / (1 - s[at]) ** 2
+    slope = torch.gradient(tables().sigma.log())[0].flip(0)[at]
+    ratio = of_epsilon / (sampler.loss_weights.double().flip(0)[at] * slope)
+    np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.05)
+
+
+def test_on_the_velocitys_own_loss_the_objective_for_the_ode_is_a_bell_over_the_flows_time():
+    """Of white data of unit variance: s (1 - s) / (s^2 + (1 - s)^2)."""
+    s = flow().sigmas.double().flip(0)[:-2]
+    on_velocity = weightings.spectral_ode(tables(), torch.ones(3)) * epsilon_loss_scale(tables(), "flow")
+    bell = s * (1 - s) / (s**2 + (1 - s) ** 2)
+    ours, expected = (values[20:-20] / values[20:-20].sum() for values in (on_velocity[:-2], bell))
+    torch.testing.assert_close(ours, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["spectral", "spectral_ode"])
+def test_the_objective_of_the_same_scene_at_twice_the_width_is_shifted_as_sd3_shifts(weighting):
+    """Its components are four times as strong; SD3's shift for four times the pixels is 2 (arXiv 2403.03206, eq. 23):
+    by the same index, the objective says the same of the large images in the shifted table and of the small ones."""
+    small = torch.tensor([30.0, 4.0, 0.5, 0.02], dtype=torch.float64)
+    large = torch.cat([4 * small, torch.zeros(12)])  # with nothing finer in it
+    c_small = getattr(weightings, weighting)(tables(shift=1.0), small)
+    c_large = getattr(weightings, weighting)(tables(shift=2.0), large)
+    torch.testing.assert_close(c_large[:-2], c_small[:-2], rtol=2e-3, atol=1e-6)
+
+
+def test_a_scheduler_that_shifts_by_resolution_is_read_before_any_shift():
+    """So one table holds for images of all sizes; what sampling makes of it is refused."""
+    scheduler = flow(use_dynamic_shifting=True, shift=3.0)
+    torch.testing.assert_close(
+        NoiseSchedule.from_scheduler(scheduler).alphas_cumprod, tables(shift=1.0).alphas_cumprod, rtol=0, atol=0
+    )
+    scheduler.set_timesteps(T, mu=1.15)
+    with pytest.raises(ValueError, match="make the timestep sampler before that, or from a copy"):
+        make_timestep_sampler(scheduler, "ddpm")
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_samplers_of_flows_with_the_table_of_another_process_are_refused(kind):
+    """As diffusers' Wan pipelines have them."""
+    scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    with pytest.raises(ValueError, match=rf"{kind.__name__} with use_flow_sigmas .* give FlowMatchEulerDiscrete"):
+        make_timestep_sampler(scheduler, "ddpm", prediction_type="flow")
 
 
 @pytest.mark.parametrize(
