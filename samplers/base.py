@@ -150,11 +150,16 @@ class TimestepSampler(DropIn):
         update, part = divmod(self.num_draws, self.gradient_accumulation_steps)
         if generator is None:
             generator = self._generator.manual_seed(fold_seed(self.seed, update))
+        if part == 0:
+            self._begin_update(update)
         self.num_draws += 1
         # Every part of an update makes the draws of all, and takes its own
         drawn = self._draw(batch_size * self.gradient_accumulation_steps * world_size, generator)
         order = self._random_order(len(drawn), generator)[rank::world_size]
         return self._batch_of(drawn[order[part * batch_size : (part + 1) * batch_size]])
+
+    def _begin_update(self, update: int) -> None:
+        """The draws of the network's update number `update` come next; for a density that is a schedule of these."""
 
     def _batch_of(self, timesteps):
         """What `sample` returns, of `timesteps` [B] in the order of the tables."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .base import TimestepBatch, TimestepSampler
+from .base import TimestepSampler
 from .schedule import NoiseSchedule
 
 
@@ -48,11 +48,7 @@ class CLTSSampler(TimestepSampler):
         gaussian = torch.exp(-0.5 * ((t - mu) / sigma) ** 2)
         self._gaussian = self._table(gaussian / gaussian.sum())
 
-    def sample(
-        self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
-    ) -> TimestepBatch:
-        update, part = divmod(self.num_draws, self.gradient_accumulation_steps)
-        if part == 0 and update % self.refresh_every == 0:
+    def _begin_update(self, update: int) -> None:
+        if update % self.refresh_every == 0:
             progress = min(update / self.num_updates, 1.0)
             self._set_density((1 - progress) / self.num_train_timesteps + progress * self._gaussian)
-        return super().sample(batch_size, generator, images)

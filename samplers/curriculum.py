@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from .base import TimestepBatch
 from .logit_normal import LogitNormalSampler
 from .schedule import NoiseSchedule
 
@@ -40,12 +39,9 @@ class CurriculumSampler(LogitNormalSampler):
         self.num_updates = num_updates
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
 
-    def sample(
-        self, batch_size: int, generator: torch.Generator | None = None, images: torch.Tensor | None = None
-    ) -> TimestepBatch:
-        if self.num_draws == self.num_updates * self.gradient_accumulation_steps:
+    def _begin_update(self, update: int) -> None:
+        if update == self.num_updates:
             self._set_density(self._uniform())
-        return super().sample(batch_size, generator, images)
 
     def _restore_density(self, probabilities):
         is_second_phase = self.num_draws > self.num_updates * self.gradient_accumulation_steps

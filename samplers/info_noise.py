@@ -106,7 +106,7 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
         means = means.clamp(max=self.data_variance)
         means = torch.where(self.bin_mmse == NOTHING, means, torch.lerp(self.bin_mmse, means, self.beta))
         self.bin_mmse = torch.where(enough, means, self.bin_mmse)
-        if self.updates < self.warmup * self.gradient_accumulation_steps:
+        if self.network_updates < self.warmup:
             return
         mmse, sigma = self.mmse().double(), self._sigma
         rate = mmse / sigma**3

@@ -43,12 +43,17 @@ class LossAwareSampler(TimestepSampler):
         self.rank = rank_and_world_size()[0]
         self.pending = self._nothing()
 
+    @property
+    def network_updates(self) -> int:
+        """Updates of the network whose losses have all been seen."""
+        return self.updates // self.gradient_accumulation_steps
+
     @torch.no_grad()
     def _learn(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         losses = losses.detach().float()
         self._collect(timesteps, losses, losses.abs() < EXPLODED)
         self.updates += 1
-        if self.updates % (self.refresh_every * self.gradient_accumulation_steps) == 0:
+        if self.updates % self.gradient_accumulation_steps == 0 and self._is_due(self.network_updates):
             pending, self.pending = self._of_all_processes(self.pending), self._nothing()
             self._renew(pending)
 
@@ -57,6 +62,10 @@ class LossAwareSampler(TimestepSampler):
         super().load_state_dict(state)
         if self.rank != rank:  # the losses since the last renewal are another process's, which counts them itself
             self.pending, self.rank = self._nothing(), rank
+
+    def _is_due(self, update: int) -> bool:
+        """Whether to renew the tables after so many updates of the network."""
+        return update % self.refresh_every == 0
 
     def _renew(self, pending: torch.Tensor) -> None:
         """Learn from what all processes have seen since the last time; see `_nothing` for its shape."""

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cached_latents
+import density_learning
 import feature_extractor
 import flow_matching
 import gradient_probe
@@ -61,6 +62,7 @@ OPTIONS = {
     "generate.py": GenerationOptions,
     "evaluate.py": EvaluationOptions,
     "compare.py": ComparisonOptions,
+    "density_learning.py": density_learning.LearningOptions,
     "gradient_probe.py": gradient_probe.ProbeOptions,
     "method_pictures.py": method_pictures.PictureOptions,
     "rivals_behaviour.py": rivals_behaviour.BehaviourArguments,

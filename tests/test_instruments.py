@@ -15,6 +15,7 @@ from tiny_networks import tiny_vae
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cached_latents
+import density_learning
 import flow_entrants
 import flow_matching
 import gradient_probe
@@ -80,6 +81,26 @@ def test_the_best_density_has_a_relative_variance_of_one():
     G = scale[timesteps] * losses.mean(1)
     ratios = gradient_probe.relative_variances(G, losses, objectives, timesteps, scale)
     assert ratios["none"]["root_mean_loss"] == pytest.approx(1, rel=1e-5)
+
+
+def test_what_a_density_has_learned_is_recorded_from_losses_that_are_kept(tmp_path, monkeypatch):
+    smoothings = ("each timestep by itself", "nearest 40 draws, twice")
+    monkeypatch.setattr(
+        density_learning, "SMOOTHINGS", {name: density_learning.SMOOTHINGS[name] for name in smoothings}
+    )
+    files = ["--losses", str(tmp_path / "made" / "losses.pt"), "--output_json", str(tmp_path / "learning.json")]
+    sizes = ["--train_updates", "1", "--train_batch_size", "2", "--losses_per_timestep", "1", "--seeds", "1"]
+    unet = '{"block_out_channels": [8, 8], "norm_num_groups": 4}'
+    density_learning.main([*files, *sizes, "--draws", "20", "60", "--", "--dataset_name", "digits", "--unet", unet])
+    record = json.loads((tmp_path / "learning.json").read_text())["excess_variance"]
+    assert set(record) == {"epsilon, none", "epsilon, spectral", "flow, flow", "flow, spectral"}
+    for case, result in record.items():
+        assert 0 < result["known"] < result["uniform"], case
+        for batches in ("batches of 1", "batches of 4"):
+            assert list(result[batches]) == list(smoothings)
+            assert all(row["60"][0] >= 0 for row in result[batches].values())
+    losses = torch.load(tmp_path / "made" / "losses.pt")
+    assert losses["flow"]["flow"].shape == (1000, 1)
 
 
 def test_the_gradient_probe_runs(pipelines, tmp_path):

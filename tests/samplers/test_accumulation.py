@@ -74,15 +74,16 @@ def test_the_pairs_are_back_with_the_next_update():
 
 
 def test_the_density_is_the_same_throughout_an_update():
-    sampler = adaptive(gradient_accumulation_steps=4, refresh_every=5, warmup=0.0)
+    sampler = adaptive(gradient_accumulation_steps=4, refresh_every=5)
     changes = []
-    for call in range(80):
+    for call in range(1, 121):
         before = sampler.probabilities.clone()
         timesteps = sampler.sample(2).timesteps
         sampler.update(timesteps, falling_loss(1000)[timesteps])
         if not torch.equal(sampler.probabilities, before):
             changes.append(call)
-    assert changes == [19, 39, 59, 79]  # after the last batch of every fifth update
+    assert all(call % 4 == 0 for call in changes)  # after the last batch of an update
+    assert [call // 4 for call in changes if call >= 64] == [16, 18, 20, 22, 24, 26, 28, 30]  # within a tenth
 
 
 def test_schedules_count_updates():
