@@ -86,6 +86,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
         "bell",
         "spectral",
         "spectral_ode",
+        "spectral_both",
     )
 }
 
@@ -111,7 +112,7 @@ PARTS = {
 
 FROM_IMAGES = {  # the parts that are made from the data's spectrum, or its variance
     "timestep_sampler": {name for name, kind in TIMESTEP_SAMPLERS.items() if kind.needs_data_variance},
-    "loss_weighting": {"spectral", "spectral_ode"},
+    "loss_weighting": {"spectral", "spectral_ode", "spectral_both"},
     "error_filter": {"wiener", "wiener_ode"},
     "noise_coupling": set(),
 }
@@ -157,8 +158,7 @@ METHODS = {  # as published
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
     "immiscible": Method("uniform", noise_coupling="immiscible"),
-    "adaptive_ode": Method("adaptive", "spectral_ode", "wiener_ode", "antithetic"),
-    "adaptive": Method("adaptive", "spectral", "wiener", "antithetic"),
+    "adaptive": Method("adaptive", "spectral_both", "wiener_ode", "antithetic"),
 }
 
 __all__ = [

@@ -15,8 +15,8 @@ from .schedule import NoiseSchedule
 class AdaptiveSampler(LossAwareSampler):
     """p_t ∝ c_t * sqrt(s_t E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
 
-    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: `spectral` for the method `adaptive`, with
-    l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same expected gradient; its variance is
+    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: for the method `adaptive` `spectral_both`,
+    with l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same expected gradient; its variance is
     sum_t c_t^2 G_t / p_t - |grad J|^2, with G_t the second moment of one example's gradient at t, and is least at
     p_t ∝ c_t sqrt(G_t). The gradient at the network's output stands in for the whole one's (Katharopoulos & Fleuret
     2018, arXiv 1803.00942, bound it by the last layer's). l_t = s_t |d|^2 is a squared error d of the output, with s_t

@@ -163,6 +163,13 @@ class NoiseSchedule:
         return self.snr.rsqrt()
 
     @property
+    def log_sigma_slope(self) -> torch.Tensor:
+        """[T] dlog(sigma_t)/dt, per timestep; positive. Where no signal is left, a quarter of its neighbour's abar_t
+        stands for none: it is finite."""
+        abar = self.alphas_cumprod.clamp_min(self.alphas_cumprod[-2] / 4)
+        return torch.gradient((1 / abar - 1).log() / 2)[0]
+
+    @property
     def alphas_cumprod_slope(self) -> torch.Tensor:
         """[T] d(abar_t)/dt, per timestep; negative."""
         return torch.gradient(self.alphas_cumprod)[0]

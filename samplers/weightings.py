@@ -1,6 +1,6 @@
 """Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2, filtered or not.
 
-Each function takes a `NoiseSchedule`, `spectral` and `spectral_ode` the data's spectrum too, and returns [T] float64. A
+Each function takes a `NoiseSchedule`, those named `spectral` the data's spectrum too, and returns [T] float64. A
 weighting is an objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the
 loss that `epsilon_loss_scale` converts.
 """
@@ -88,7 +88,7 @@ def bell(schedule: NoiseSchedule, k: float = 2.0) -> torch.Tensor:
     return mass / mass.mean()
 
 
-def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
+def spectral(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """c_t ∝ dM_t/dt: the share of an image's variance that sampling decides at t. Mean 1.
 
     M_t = sum_i s_i^2 sigma_t^2 / (s_i^2 + sigma_t^2) is how much of an image's variance x_t leaves open, to the best
@@ -101,12 +101,13 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
+        power: of s_i^2 in M_t: 1 for squares of what an error moves, 1/2 for these relative to the amplitude s_i.
     """
-    decided = torch.gradient(undecided(schedule, variances))[0].clamp_min(0)  # rounding, where no signal is left
+    decided = torch.gradient(undecided(schedule, variances, power))[0].clamp_min(0)  # rounding, where no signal is left
     return decided / decided.mean()
 
 
-def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
+def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """c_t ∝ M_t dlog(sigma_t)/dt, M_t as in `spectral`: what an error does to an image sampled by the ODE. Mean 1.
 
     By the end of the probability flow ODE (DDIM without noise) of Gaussian data, an error in eps at component i moves
@@ -114,12 +115,27 @@ def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tens
     replaced. The squares sum up to M_t, which does not fall at the noisy end.
 
     Args:
-        variances: [K] s_i^2, of a `Spectrum`.
+        variances, power: as in `spectral`.
     """
-    moved = undecided(schedule, variances) * torch.gradient(schedule.sigma.log())[0]
+    moved = undecided(schedule, variances, power) * schedule.log_sigma_slope
     return moved / moved.mean()
 
 
-def undecided(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
-    """[T] M_t: how much of an image's variance x_t leaves open, for components of these variances; see `spectral`."""
-    return (1 - schedule.alphas_cumprod) * for_each_timestep(lambda gains: gains.sum(1), variances, schedule)
+def spectral_both(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
+    """The mean of `spectral` and `spectral_ode`, of power 1/2: what an error does to images sampled either way. Mean 1.
+
+    Relative to the variance an error would count the same in all components, however faint they are; with no regard to
+    it, in the few strongest alone. The amplitude lies between, and trains better by either way of sampling.
+
+    Args:
+        variances: as in `spectral`.
+    """
+    return (spectral(schedule, variances, power=0.5) + spectral_ode(schedule, variances, power=0.5)) / 2
+
+
+def undecided(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """[T] M_t = sum_i s_i^(2 power) sigma_t^2 / (s_i^2 + sigma_t^2): how much of an image's variance x_t leaves open,
+    for components of these variances; see `spectral`."""
+    relative = variances.flatten().clamp_min(1e-12) ** (power - 1)
+    opened = for_each_timestep(lambda gains: (gains * relative).sum(1), variances, schedule)
+    return (1 - schedule.alphas_cumprod) * opened

@@ -41,7 +41,7 @@ def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T)
     if never_converges(schedule, T):
         culprits |= {"speed", "change_aware"} & {name, weighting}
     if alphas_cumprod(schedule, T)[-1] == 0:
-        culprits |= {"edm", "debiased", "v", "flow", "cosmap", "spectral_ode"} & {weighting}
+        culprits |= {"edm", "debiased", "v", "flow", "cosmap"} & {weighting}
     if culprits:
         with pytest.raises(ValueError, match="|".join(culprits)):
             make_adapted(name, schedule, T, weighting)

@@ -42,7 +42,7 @@ def test_variances_add_up_to_the_images_variance_whatever_the_batching():
 )
 def test_images_that_do_not_vary_are_refused_with_the_parts_that_need_them(images):
     for method, parts in {
-        "adaptive": "loss_weighting 'spectral' and error_filter 'wiener'",
+        "adaptive": "loss_weighting 'spectral_both' and error_filter 'wiener_ode'",
         "info_noise": "timestep_sampler 'info_noise'",
     }.items():
         with pytest.raises(ValueError, match=f"do not vary.*`images` are for {parts}: others need none"):
@@ -52,7 +52,7 @@ def test_images_that_do_not_vary_are_refused_with_the_parts_that_need_them(image
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (None, "no `images`, of which loss_weighting 'spectral' and error_filter 'wiener' would be made"),
+        (None, "no `images`, of which loss_weighting 'spectral_both' and error_filter 'wiener_ode' would be made"),
         (torch.zeros(512, 64), r"\[N, C, H, W\].*not \[512, 64\]"),
         ((torch.zeros(16, 1, 8, 8), torch.zeros(16)), "not a tuple: .* give the images alone"),
         ([torch.zeros(16, 1, 8, 8), torch.zeros(16)], "not a list: .* give the images alone"),
@@ -81,14 +81,31 @@ def test_white_data_of_unit_variance_give_the_bell(schedule, T):
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("kind", "weighting"), [(DDPMScheduler, "spectral"), (DDIMScheduler, "spectral_ode")])
-def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(kind, weighting, beta_schedule):
-    """It moves by R_i(t), and sum_i R_i^2 = (2 d log sigma / dt) c_t, up to one factor for all t."""
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(kind, weighting, power, beta_schedule):
+    """It moves by R_i(t), and sum_i R_i^2 = (2 d log sigma / dt) c_t, up to one factor for all t; or sum_i R_i^2 / s_i,
+    relative to the amplitudes."""
     s2, at = torch.tensor([25.0, 4.0, 0.3, 0.02], dtype=torch.float64), [30, 100, 250, 400, 550, 700, 850]
-    moved = moved_by_an_error(beta_schedule, s2, at, kind).square().sum(1)
+    moved = (moved_by_an_error(beta_schedule, s2, at, kind).square() * s2 ** (power - 1)).sum(1)
     schedule = tables(beta_schedule, T)
-    log_sigma_slope = torch.gradient(schedule.sigma.log())[0][at]
-    ratio = moved / (getattr(weightings, weighting)(schedule, s2)[at] * log_sigma_slope)
+    ratio = moved / (getattr(weightings, weighting)(schedule, s2, power) * schedule.log_sigma_slope)[at]
     np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.06)
+
+
+def test_the_weight_for_both_ways_of_sampling_gives_each_one_half():
+    """c d log sigma / dt is a sum of what an error does by DDPM and of what it does by DDIM, relative to s_i."""
+    s2, at = torch.tensor([25.0, 4.0, 0.3, 0.02], dtype=torch.float64), [30, 100, 250, 400, 550, 700, 850]
+    kinds = (DDPMScheduler, DDIMScheduler)
+    moved = [(moved_by_an_error("linear", s2, at, kind).square() / s2.sqrt()).sum(1) for kind in kinds]
+    c = weightings.spectral_both(tables(), s2)
+    expected = (c * tables().log_sigma_slope)[at]
+    relative = torch.stack(moved, 1) / expected[:, None]
+    parts = torch.linalg.lstsq(relative, torch.ones(len(at), 1).double()).solution
+    assert parts.min() > 0
+    np.testing.assert_allclose((relative @ parts)[:, 0], np.ones(len(at)), atol=0.06)
+    halves = [alone(tables(), s2, power=0.5) / 2 for alone in (weightings.spectral, weightings.spectral_ode)]
+    assert [float(half.mean()) for half in halves] == pytest.approx([0.5, 0.5])
+    assert float(c.mean()) == pytest.approx(1)
 
 
 def test_larger_images_move_the_weight_to_higher_noise():
