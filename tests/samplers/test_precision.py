@@ -1,12 +1,14 @@
 """Devices without float64, Apple's: stood in for by the CPU, on which it is forbidden."""
 
+import sys
+
 import pytest
 import torch
 from sampler_helpers import chi_square, draws, make_adapted, random_images
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samplers import TIMESTEP_SAMPLERS, Spectrum, base, spectrum
+from samplers import TIMESTEP_SAMPLERS, Spectrum, precision, spectrum
 from samplers.precision import widest_float
 
 NEED_FLOAT64 = ("uncertainty", "info_noise", "kim")  # for what they learn
@@ -21,8 +23,10 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    for module in (base, spectrum):
-        monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
+    modules = [module for name, module in sys.modules.items() if name.startswith("samplers.")]
+    for module in modules:
+        if module is not precision and hasattr(module, "widest_float"):
+            monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
 
 
 def test_which_devices_have_float64():
