@@ -6,7 +6,7 @@
 It is a small loop (`loss_of` in flow_entrants.py), with this package as a user of it has it, and with the rivals' own
 code where diffusers has it. Network, data and optimiser are a recipe's; the network predicts the velocity, eps - x_0.
 Its averaged weights are sampled by 50 steps of Euler's method: by the schedule that the run trained with, and at the
-end of its time by that of shift 3, too. Classes are asked for equally often, and without guidance.
+end of each ladder by that of shift 3, too. Classes are asked for equally often, and without guidance.
 
 Runs take turns: all entrants with one seed, then all with the next. Each leaves a file in --output_dir. The same
 command goes on with those that are missing, and makes results.json, table.md and scores.png of all that are there.
@@ -33,7 +33,7 @@ from flow_entrants import Entrant, all_entrants, loss_of, sample_by_euler
 from comparison.options import ComparisonOptions, Ladders
 from comparison.plots import plot_scores
 from comparison.results import NO_SETTINGS, RESULTS_FILE, check_same, check_same_extractor, join
-from comparison.runs import Run, next_stops, stops_left, stops_passed
+from comparison.runs import Run, is_at_an_end, next_stops, stops_left, stops_passed
 from comparison.summary import summarise, table
 from images import check_output_outside_data, normalize
 from pipelines import Network, choose_kernels, null_label
@@ -207,8 +207,7 @@ def run_of(
         except FloatingPointError as error:
             return {**run, "failed": str(error)}
         passed = stops_passed(run, ladders, trained)
-        kind, stops = next(iter(ladders.items()))
-        samplers = SAMPLERS if passed.get(kind) == stops[-1] else ["euler"]
+        samplers = SAMPLERS if is_at_an_end(passed, ladders) else ["euler"]
         with clock.phase("score"):
             scores = {by: score(network, ema, SAMPLERS[by] or entrant.shift, evaluator) for by in samplers}
         run["scores"].append({"reached": passed, **trained, "commit": code_commit(), "scores": scores})

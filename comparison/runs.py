@@ -70,6 +70,11 @@ def stops_passed(run: Run, ladders: Ladders, summary: dict[str, float]) -> dict[
     return {kind: stops[-1] for kind, stops in passed.items() if stops}
 
 
+def is_at_an_end(passed: dict[str, float], ladders: Ladders) -> bool:
+    """Whether one of the stops that a run has `passed` is the last of its ladder."""
+    return any(stop == ladders[kind][-1] for kind, stop in passed.items())
+
+
 def train_and_score(
     run: Run,
     entrant: Entrant,
@@ -88,8 +93,7 @@ def train_and_score(
         raise OSError(f"{run_folder} was stopped by a signal, before its next stop; the same command goes on")
     trained = {"seconds": summary["seconds"]["train"], "steps": summary["steps"], "images": summary["images"]}
     passed = stops_passed(run, ladders, trained)
-    at_an_end = any(stop == ladders[kind][-1] for kind, stop in passed.items())
-    samplers = options.score_samplers if at_an_end else options.score_samplers[:1]
+    samplers = options.score_samplers if is_at_an_end(passed, ladders) else options.score_samplers[:1]
     try:
         scores = {sampler: score(run_folder, sampler, evaluator) for sampler in samplers}
     except FloatingPointError as error:  # weights or images that are not finite

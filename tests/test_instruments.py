@@ -317,6 +317,14 @@ def flow_race(tmp_path, monkeypatch):
     return run
 
 
+def test_the_race_of_flows_is_in_equal_time_and_in_equal_images(flow_race):
+    """As its recipes have it: each ladder ends with the scores by all ways of sampling."""
+    folder = flow_race("--entrants", "uniform", "adaptive", "--max_train_seconds", "0.001", "--score_at", "1")
+    table = (folder / "table.md").read_text()
+    for heading in ("## Equal time", "## Equal images"):
+        assert "FD by SHIFT 3" in table.partition(heading)[2].partition("\n## ")[0]
+
+
 def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
     names = ("uniform", "shift_3", "adaptive_ode", "contrastive")
     folder = flow_race("--entrants", *names, "--stop_after", "1e-9")
