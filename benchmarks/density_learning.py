@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import open_images
 from recipes import one_line_errors
 from samplers import NoiseSchedule, epsilon_loss_scale, make_timestep_sampler
-from samplers.adaptive import refined, sums_of_nearest
+from samplers.adaptive import mean_losses, sums_of_nearest
 from train_adaptive_ddpm import command_line
 from training.machine import device_name, this_command
 from training.network import build_network
@@ -61,7 +61,7 @@ def gaussian(sums, width):
     return torch.nn.functional.conv1d(sums[:, None], kernel[None, None], padding=len(t) // 2)[:, 0]
 
 
-SMOOTHINGS = {  # how, and how many times over: see `refined`
+SMOOTHINGS = {  # how, and how many times over: see `mean_losses`
     "each timestep by itself": (lambda sums: sums, 1),
     "Gaussian, 5 timesteps": (partial(gaussian, width=lambda draws: 5.0), 1),
     "Gaussian, 10 draws": (partial(gaussian, width=lambda draws: max(5.0, 1e4 / max(draws, 40.0))), 1),
@@ -169,13 +169,8 @@ def learn(sampler, smoothing, losses, batch_size, draws):
     """Let a sampler draw, and tell it losses: its density [T] after each number of draws."""
     smooth, times = smoothing
 
-    def expected_loss():
-        estimate = sampler._epsilon_loss_scale.clamp(max=1.0)
-        for _ in range(times):
-            estimate = refined(estimate, sampler.sums, smooth)
-        return estimate
-
-    sampler.expected_loss = expected_loss
+    scale = sampler._epsilon_loss_scale.clamp(max=1.0)
+    sampler.expected_loss = lambda: mean_losses(scale, sampler.sums, smooth, times)
     generator = torch.Generator().manual_seed(sampler.seed)
     densities, drawn = [], 0
     for n in draws:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,6 +49,7 @@ from training.network import build_network
 from training.nonfinite import check_finite
 from training.options import MethodOptions, TrainingOptions
 from training.saving import read_json, replace_file, write_json
+from training.state import build_average, build_optimizer
 
 SAMPLERS = {"euler": None, "shift 3": 3.0}  # the shift of the schedule; None for that of training
 # Of training, and without a meaning here
@@ -180,13 +180,7 @@ def run_of(
     classes = len(dataset.classes) if options.class_conditional else None
     network = build_network(options, dataset.channels, dataset.resolution, classes).to(device)
     choose_kernels(network, device, "no", options.compile)
-    ema = WeightAverage(
-        network.parameters(),
-        decay=options.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=options.ema_inv_gamma,
-        power=options.ema_power,
-    )
+    ema = build_average(options, network)
     scheduler, sampler = FlowMatchEulerDiscreteScheduler(shift=entrant.shift), None
     if entrant.sampler:
         sampler = make_timestep_sampler(scheduler, images=dataset.sample(), seed=seed, device=device, **entrant.sampler)
@@ -234,15 +228,7 @@ def make_update(
 ) -> Callable[[], torch.Tensor]:
     """A function that makes the next update, by a loss of (images, labels), and returns its gradient's norm."""
     device, knows_classes = network.device, null_label(network.config) is not None
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,
-    )
-    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps)
+    optimizer, lr_scheduler = build_optimizer(options, network, max_steps=None)
 
     def update() -> torch.Tensor:
         images, labels = (part.to(device) for part in next(batches))

@@ -71,10 +71,7 @@ class AdaptiveSampler(LossAwareSampler):
 
     def expected_loss(self) -> torch.Tensor:
         """[T] the current estimate of E[l_t]."""
-        estimate = self._epsilon_loss_scale.clamp(max=1.0)
-        for _ in range(2):
-            estimate = refined(estimate, self.sums, sums_of_nearest)
-        return estimate
+        return mean_losses(self._epsilon_loss_scale.clamp(max=1.0), self.sums)
 
     def _is_due(self, update):
         return update % min(self.refresh_every, 2 ** max(update.bit_length() - 4, 0)) == 0
@@ -115,3 +112,16 @@ def sums_of_nearest(sums: torch.Tensor, share: float = 0.01, least: float = 20.0
     part = (ends - draws[after - 1]) / (draws[after] - draws[after - 1]).clamp_min(1e-20)
     first, last = torch.lerp(up_to[:, after - 1], up_to[:, after], part.clamp(0.0, 1.0)).unbind(1)
     return (last - first).clamp_min(0.0).float()  # not below 0, by rounding
+
+
+def mean_losses(
+    expected: torch.Tensor,
+    sums: torch.Tensor,
+    smooth: Callable[[torch.Tensor], torch.Tensor] = sums_of_nearest,
+    times: int = 2,
+) -> torch.Tensor:
+    """[T] the mean loss at each timestep, of `sums` [2, T] of losses and of draws, by its shape as `expected` [T] at
+    first and so many times `refined`, by `sums_of_nearest` or another `smooth`."""
+    for _ in range(times):
+        expected = refined(expected, sums, smooth)
+    return expected

@@ -103,8 +103,7 @@ def spectral(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.
         variances: [K] s_i^2, of a `Spectrum`.
         power: of s_i^2 in M_t: 1 for squares of what an error moves, 1/2 for these relative to the amplitude s_i.
     """
-    decided = torch.gradient(undecided(schedule, variances, power))[0].clamp_min(0)  # rounding, where no signal is left
-    return decided / decided.mean()
+    return _decided(undecided(schedule, variances, power))
 
 
 def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:
@@ -117,8 +116,7 @@ def spectral_ode(schedule: NoiseSchedule, variances: torch.Tensor, power: float 
     Args:
         variances, power: as in `spectral`.
     """
-    moved = undecided(schedule, variances, power) * schedule.log_sigma_slope
-    return moved / moved.mean()
+    return _carried(schedule, undecided(schedule, variances, power))
 
 
 def spectral_both(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Tensor:
@@ -130,7 +128,18 @@ def spectral_both(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Ten
     Args:
         variances: as in `spectral`.
     """
-    return (spectral(schedule, variances, power=0.5) + spectral_ode(schedule, variances, power=0.5)) / 2
+    amplitude = undecided(schedule, variances, power=0.5)
+    return (_decided(amplitude) + _carried(schedule, amplitude)) / 2
+
+
+def _decided(undecided):
+    rate = torch.gradient(undecided)[0].clamp_min(0)  # rounding, where no signal is left
+    return rate / rate.mean()
+
+
+def _carried(schedule, undecided):
+    moved = undecided * schedule.log_sigma_slope
+    return moved / moved.mean()
 
 
 def undecided(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:

@@ -124,26 +124,10 @@ def build_state(
         data: what tells the images, of `training.data.identify`.
         max_steps: of the whole run; None where only time is limited.
     """
-    optimizer = torch.optim.AdamW(
-        network.to(accelerator.device).parameters(),
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,  # which `NonFiniteGuard` needs
-    )
-    lr_scheduler = get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
-    )
+    optimizer, lr_scheduler = build_optimizer(options, network.to(accelerator.device), max_steps)
     choose_kernels(network, accelerator.device, accelerator.mixed_precision, options.compile)
     network, optimizer = accelerator.prepare(network, optimizer)
-    ema = WeightAverage(
-        network.parameters(),
-        decay=options.ema_max_decay if options.use_ema else 0.0,
-        use_ema_warmup=True,
-        inv_gamma=options.ema_inv_gamma,
-        power=options.ema_power,
-    )
+    ema = build_average(options, network)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     accelerator.register_save_state_pre_hook(save_shared_weights_once)
     is_scaled = accelerator.scaler is not None
@@ -161,6 +145,34 @@ def build_state(
         images_per_step=options.images_per_process * accelerator.num_processes,
         max_grad_norm=options.max_grad_norm,
         made_for={"network": network_config, "data": data},
+    )
+
+
+def build_optimizer(
+    options: OptimizationOptions, network: torch.nn.Module, max_steps: int | None
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW of a network on its device, and its learning rate's schedule over `max_steps`, None without an end."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,  # which `NonFiniteGuard` needs
+    )
+    return optimizer, get_scheduler(
+        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
+    )
+
+
+def build_average(options: OptimizationOptions, network: torch.nn.Module) -> WeightAverage:
+    """The average of a network's weights; the weights themselves without --use_ema."""
+    return WeightAverage(
+        network.parameters(),
+        decay=options.ema_max_decay if options.use_ema else 0.0,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
     )
 
 
