@@ -270,7 +270,9 @@ def make_timestep_sampler(
     except TypeError as error:
         named = f"timestep_sampler {parts.timestep_sampler!r}"
         if unknown := re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error)):
-            raise ValueError(f"{named} has no option {unknown[1]!r}: see {sampler_class.__name__}") from error
+            own = inspect.getfullargspec(NOISE_COUPLINGS[parts.noise_coupling]).kwonlyargs
+            allowed = {*own, *_option_names(sampler_class)} - fixed.keys()
+            raise ValueError(f"{named} has no option {unknown[1]!r}: it has {', '.join(sorted(allowed))}") from error
         raise ValueError(f"options {options} of {named}: {error}") from error
 
 
@@ -319,6 +321,16 @@ def _with_its_options(coupling, options):
     """The coupling with those of `options` that are its own, which are taken out of them."""
     own = {name: options.pop(name) for name in inspect.getfullargspec(coupling).kwonlyargs if name in options}
     return partial(coupling, **own) if own else coupling
+
+
+def _option_names(sampler_class):
+    """Of a class and those that it is made of."""
+    return {
+        name
+        for base in sampler_class.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.getfullargspec(base.__init__).kwonlyargs
+    }
 
 
 def _lookup(registry, kind, name):

@@ -94,11 +94,20 @@ def test_unknown_names_are_refused_with_the_known_ones(kind):
         make_timestep_sampler(scheduler(), **{kind: "nonsense"})
 
 
-@pytest.mark.parametrize(("method", "option"), [("ddpm", "horizons"), ("logit_normal", "p_mean"), ("kim", "made_of")])
-def test_an_option_that_a_sampler_does_not_have_is_refused_by_name_alone(method, option):
-    message = rf"^timestep_sampler '\w+' has no option '{option}': see \w+Sampler$"
+@pytest.mark.parametrize(
+    ("method", "option", "own"),
+    [("ddpm", "horizons", []), ("edm", "mu", ["floor", "p_mean", "p_std"]), ("immiscible", "k", ["num_candidates"])],
+)
+def test_an_option_that_a_sampler_does_not_have_is_refused_with_those_that_it_has(method, option, own):
+    common = ["gradient_accumulation_steps", "low_discrepancy", "seed"]
+    message = rf"^timestep_sampler '\w+' has no option '{option}': it has {', '.join(sorted(common + own))}$"
     with pytest.raises(ValueError, match=message):
         make_timestep_sampler(scheduler(), method, **{option: 3})
+
+
+def test_what_the_function_decides_itself_is_no_option():
+    with pytest.raises(ValueError, match=r"'kim' has no option 'made_of': it has (?!.*(made_of|device|error_filter))"):
+        make_timestep_sampler(scheduler(), "kim", made_of=3)
 
 
 @pytest.mark.parametrize("make_config", [dict, lambda **fields: SimpleNamespace(**fields)])
