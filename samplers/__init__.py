@@ -18,6 +18,7 @@ by that name. It imports PyTorch alone.
 """
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -51,6 +52,8 @@ from .uniform_flow import UniformFlowSampler
 from .wiener import WienerFilter
 
 __version__ = "0.1.0"
+
+logger = logging.getLogger(__name__)
 
 TIMESTEP_SAMPLERS: dict[str, type[TimestepSampler]] = {
     "uniform": UniformSampler,
@@ -251,6 +254,11 @@ def make_timestep_sampler(
         read = config.get if isinstance(config, Mapping) else partial(getattr, config)
         prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")
     noise_scheduler = noise_scheduler.between(min_timestep, max_timestep)
+    if not epsilon_loss_scale(noise_scheduler, prediction_type)[-1]:
+        logger.warning(
+            "no signal is left at the last timestep (zero terminal SNR), where losses of eps say nothing of what a "
+            f"network of {prediction_type} predicts: it is not trained there"
+        )
     spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
     error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)

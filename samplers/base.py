@@ -114,6 +114,12 @@ class TimestepSampler(DropIn):
         self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
         self._schedule = schedule
         self._set_density(self.initial_density(schedule))
+        if not 0 < self._scale() < math.inf:
+            raise ValueError(
+                f"abar from {float(schedule.alphas_cumprod[0]):.4g} to {float(schedule.alphas_cumprod[-1]):.4g}, of a "
+                f"network that predicts {prediction_type}: squared errors of its output have a mean weight of "
+                f"{float(self._scale()):g}, which must be positive and finite"
+            )
 
     def initial_density(self, schedule: NoiseSchedule) -> torch.Tensor:
         """[T] the density to begin with; need not be normalised."""
@@ -176,12 +182,19 @@ class TimestepSampler(DropIn):
         return self._drawn_weights[self._in_tables(timesteps)[0]]
 
     def _random_order(self, count, generator):
-        """[count] a random permutation; for noise in pairs one that puts 2j and 2j + 1 half a batch apart."""
+        """[count] a random permutation; for noise in pairs one that puts neighbours half a batch apart, and of an odd
+        number one without a neighbour in the middle. At each place of a batch it leaves p_t what it is."""
+        rand = partial(torch.rand, generator=generator, device=self.device)
         if not self._in_pairs:
-            return torch.rand(count, generator=generator, device=self.device).argsort()
-        first = 2 * torch.rand(count // 2, generator=generator, device=self.device).argsort()
-        unpaired = torch.arange(count - count % 2, count, device=self.device)
-        return torch.cat([first, unpaired, first + 1])
+            return rand(count).argsort()
+        half, ranks = count // 2, torch.arange(count, device=self.device)
+        alone = ranks[:0]
+        if count % 2:
+            alone = (rand(1) * count).long().clamp_(max=count - 1)  # rounding
+            ranks = ranks[:-1] + (ranks[:-1] >= alone)
+        pairs = ranks.view(half, 2)[rand(half).argsort()]
+        pairs = torch.where(rand(half, 1) < 0.5, pairs, pairs.flip(1))
+        return torch.cat([pairs[:, 0], alone, pairs[:, 1]])
 
     def noise(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """[B, ...] the noise of a batch of images [B, ...], on their device: in place of `torch.randn_like(images)`.
@@ -315,6 +328,8 @@ class TimestepSampler(DropIn):
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
         self._restore_density(state["probabilities"])
         self._weights = self._drawn_weights = self.weights
+        # Noise goes in step with the draws; the rest of an update that was begun has independent noise
+        self._noise_calls, self._first_half = self.num_draws % self.gradient_accumulation_steps, torch.empty(0)
         if "version" not in state:
             self._warn_of_scale()
 

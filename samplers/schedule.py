@@ -131,7 +131,8 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """[T] what the network is given: t; of a flow s * T, rounded to thousandths, as float32 tables miss them."""
+        """[T] what the network is given: t; of a flow s * T, rounded to thousandths, as float32 tables miss them (for
+        s = 1 that of the middle that stands for it)."""
         T = self.whole.num_train_timesteps
         if self.noisiest_first:
             return (self.sigma / (1 + self.sigma) * T).round(decimals=3)
@@ -164,8 +165,8 @@ class NoiseSchedule:
 
     @property
     def log_sigma_slope(self) -> torch.Tensor:
-        """[T] dlog(sigma_t)/dt, per timestep; positive. Where no signal is left, a quarter of its neighbour's abar_t
-        stands for none: it is finite."""
+        """[T] dlog(sigma_t)/dt, per timestep; positive. It is finite without any signal too: a last step that leaves
+        less than a quarter of abar_t, as diffusers' cosine schedule has one, counts as if it left a quarter."""
         abar = self.alphas_cumprod.clamp_min(self.alphas_cumprod[-2] / 4)
         return torch.gradient((1 / abar - 1).log() / 2)[0]
 

@@ -199,9 +199,25 @@ def test_halves_of_a_batch_are_neighbours_in_t_and_in_random_order(batch_size, l
     for _ in range(20):
         timesteps = sampler.sample(batch_size).timesteps
         first, second = timesteps[:pairs], timesteps[-pairs:]
-        in_order = timesteps[timesteps.argsort()][: 2 * pairs].view(-1, 2)
-        assert torch.equal((first + second).sort().values, in_order.sum(1))
+        in_pairs = timesteps.sort().values.tolist()
+        if batch_size % 2:
+            in_pairs.remove(int(timesteps[pairs]))  # which has no neighbour
+        in_pairs = torch.tensor(in_pairs).view(-1, 2)
+        order = (torch.minimum(first, second) * T + torch.maximum(first, second)).argsort()
+        assert torch.equal(torch.stack([first, second], 1)[order].sort(1).values, in_pairs)
         assert not torch.equal(first, first.sort().values)
+        assert 0 < (first < second).sum() < pairs  # either half has the noisier one
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("noise_coupling", ["antithetic", "independent"])
+def test_each_place_of_a_batch_has_the_density(noise_coupling, batch_size):
+    """Also where what is at a place is not random, as in the batches of prior preservation."""
+    sampler = adaptive(noise_coupling=noise_coupling)
+    drawn = torch.stack([sampler.sample(batch_size).timesteps for _ in range(3000)])
+    for place in drawn.T:
+        shares = torch.histc(place.float(), 8, 0, T) / len(place)
+        torch.testing.assert_close(shares, torch.full((8,), 1 / 8), atol=0.03, rtol=0)
 
 
 def test_pairing_leaves_the_density_alone():

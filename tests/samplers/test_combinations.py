@@ -27,6 +27,7 @@ from samplers import (
     PARTS,
     TIMESTEP_SAMPLERS,
     AdaptiveSampler,
+    NoiseSchedule,
     UniformSampler,
     WienerFilter,
     make_timestep_sampler,
@@ -156,3 +157,20 @@ def test_a_density_without_a_floor_is_refused(name):
 def test_renewing_never_is_refused(name):
     with pytest.raises(ValueError, match="refresh_every"):
         make_sampler(name, refresh_every=0)
+
+
+def test_a_network_that_is_not_trained_where_no_signal_is_left_is_warned_of(caplog):
+    noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    make_timestep_sampler(noise_scheduler, "ddpm")
+    assert "no signal is left at the last timestep (zero terminal SNR)" in caplog.text
+    caplog.clear()
+    make_timestep_sampler(noise_scheduler, "ddpm", max_timestep=998)
+    make_timestep_sampler(noise_scheduler, "ddpm", prediction_type="epsilon")
+    assert not caplog.text
+
+
+def test_without_any_noise_errors_of_the_image_have_no_weight_that_is_finite():
+    schedule = NoiseSchedule(torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))
+    with pytest.raises(ValueError, match="abar from 1 to 0.1, of a network that predicts sample: .* inf"):
+        make_timestep_sampler(schedule, "ddpm", prediction_type="sample")
+    assert make_timestep_sampler(schedule, "ddpm").weights.isfinite().all()
