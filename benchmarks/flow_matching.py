@@ -1,15 +1,18 @@
 """A race of ways to draw the timesteps of flow matching, in equal time and in equal images: a table and a plot.
 
     python benchmarks/flow_matching.py --config configs/digits.yaml --output_dir runs/flow_matching/digits_unet \\
-        --eval_num_images 640 --max_train_seconds 100 --score_at_images 76800
+        --eval_num_images 640 --eval_feature_extractor benchmarks/cifar10_regnet \\
+        --max_train_seconds 100 --score_at_images 51200
 
 It is a small loop (`loss_of` in flow_entrants.py), with this package as a user of it has it, and with the rivals' own
 code where diffusers has it. Network, data and optimiser are a recipe's; the network predicts the velocity, eps - x_0.
-Its averaged weights are sampled by 50 steps of Euler's method: by the schedule that the run trained with, and at the
-end of each ladder by that of shift 3, too. Classes are asked for equally often, and without guidance.
+Its averaged weights are sampled by 50 steps of Euler's method: by the schedule that the run trained with ("own
+schedule": all but shift_3 have the one without a shift), and at the end of each ladder by that of shift 3, too. Classes
+are asked for equally often, and without guidance; in training none is withheld.
 
 Runs take turns: all entrants with one seed, then all with the next. Each leaves a file in --output_dir. The same
-command goes on with those that are missing, and makes results.json, table.md and scores.png of all that are there.
+command goes on with those that are missing or failed, and makes results.json, table.md and scores.png of all that are
+there. The clock runs in training alone: making the sampler, with the spectrum of 512 images, and scoring are outside.
 """
 
 import math
@@ -29,6 +32,7 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flow_entrants import Entrant, all_entrants, loss_of, sample_by_euler
 
+from comparison.entrants import check_stops
 from comparison.options import ComparisonOptions, Ladders
 from comparison.plots import plot_scores
 from comparison.results import NO_SETTINGS, RESULTS_FILE, check_same, check_same_extractor, join
@@ -44,16 +48,23 @@ from training.clock import PhaseClock
 from training.data import labels_of, open_training_data
 from training.ema import WeightAverage
 from training.evaluation import Evaluator
+from training.folder_lock import folder_lock
 from training.machine import code_commit, device_name, library_versions, this_command
 from training.network import build_network
 from training.nonfinite import check_finite
-from training.options import MethodOptions, TrainingOptions
+from training.options import HubOptions, LogOptions, MethodOptions, TrainingOptions, ValidationOptions
 from training.saving import read_json, replace_file, write_json
 from training.state import build_average, build_optimizer
 
-SAMPLERS = {"euler": None, "shift 3": 3.0}  # the shift of the schedule; None for that of training
+OWN = "own schedule"
+SAMPLERS = {OWN: None, "shift 3": 3.0}  # the shift of the schedule; None for that of training
 # Of training, and without a meaning here
-NOT_OURS = ("vae", "on_bad_image", "prediction_type", "gradient_accumulation_steps", "mixed_precision")
+NOT_OURS = (
+    *(option.name for group in (MethodOptions, LogOptions, ValidationOptions, HubOptions) for option in fields(group)),
+    *("seed", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "num_epochs"),
+    *("vae", "latents_dir", "noise_scheduler", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule"),
+    *("on_bad_image", "class_dropout", "gradient_accumulation_steps", "mixed_precision", "compile", "use_ema"),
+)
 
 
 @dataclass
@@ -90,7 +101,8 @@ def main(options: FlowMatchingOptions) -> None:
         dataset, _ = open_training_data(options)
         print(dataset.describe())
         evaluator = Evaluator(options, dataset, PartialState(), options.seed, options.train_batch_size)
-        race(options, entrants, evaluator, begun)
+        with folder_lock(options.output_dir):
+            race(options, entrants, evaluator, begun)
 
 
 def entrants_of(options: FlowMatchingOptions) -> dict[str, Entrant]:
@@ -100,11 +112,12 @@ def entrants_of(options: FlowMatchingOptions) -> dict[str, Entrant]:
         ValueError: an option that the race decides, an entrant that there is not, or no stop in images.
     """
     plain = TrainingOptions()
-    for name in (*(option.name for option in fields(MethodOptions)), *NOT_OURS):
-        if getattr(options, name) != getattr(plain, name):
+    for name in NOT_OURS:
+        if getattr(options, name) not in (getattr(plain, name), None):
             raise ValueError(f"--{name} {getattr(options, name)}: is not for this race")
     if not options.score_at_images:
         raise ValueError("--score_at_images is required (--help lists the flags)")
+    check_stops(options, options)
     known = all_entrants(options.score_at_images[-1] // options.train_batch_size, options.class_conditional)
     for name in options.entrants:
         if name not in known:
@@ -115,12 +128,19 @@ def entrants_of(options: FlowMatchingOptions) -> dict[str, Entrant]:
 def race(options: FlowMatchingOptions, entrants: dict[str, Entrant], evaluator: Evaluator, begun: float) -> None:
     """Make the runs that are missing in the folder, and report all."""
     folder, now = Path(options.output_dir), record_of(options, entrants, evaluator)
-    folder.mkdir(parents=True, exist_ok=True)
+    done = set()
     for file, other in records_in(folder).items():
         check_same(f"--output_dir {file}", other, now)
         check_same_extractor(f"--output_dir {file}", other, now["feature_extractor"])
+        if other["data"] != now["data"]:
+            raise ValueError(f"--output_dir {file}: its data are {other['data']}, not {now['data']}")
+        if other["commits"] != now["commits"]:
+            print(
+                f"{file}: by commit {', '.join(map(str, other['commits']))}, not {now['commits'][0]}", file=sys.stderr
+            )
+        done |= {(run["entrant"], run["seed"]) for run in other["runs"].values() if "failed" not in run}
     turns = [(name, seed) for seed in options.seeds for name in entrants]
-    missing = [turn for turn in turns if not (folder / file_of(*turn)).exists()]
+    missing = [turn for turn in turns if turn not in done]
     data = None
     for number, (name, seed) in enumerate(progress_bar(missing, unit="run")):
         if number and options.stop_after is not None and time.monotonic() - begun > options.stop_after:
@@ -143,7 +163,7 @@ def records_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 def record_of(options: FlowMatchingOptions, entrants: dict[str, Entrant], evaluator: Evaluator) -> dict[str, Any]:
     """What a record has beside its run, as compare.py's results.json has it."""
-    not_settings = (*NO_SETTINGS, *(option.name for option in fields(RaceOptions)))
+    not_settings = (*NO_SETTINGS, *NOT_OURS, *(option.name for option in fields(RaceOptions)))
     return {
         "commands": [this_command()],
         "settings": {
@@ -170,7 +190,7 @@ def run_of(
     data: tuple[torch.Tensor, torch.Tensor],
     evaluator: Evaluator,
 ) -> Run:
-    """Train a run, and score it at each stop of the ladders; it ends where its weights are not finite.
+    """Train a run, and score it at each stop of the ladders; it ends where weights or images are not finite.
 
     Args:
         data: uint8 [N, C, H, W] all images, and [N] their labels.
@@ -186,6 +206,8 @@ def run_of(
         sampler = make_timestep_sampler(scheduler, images=dataset.sample(), seed=seed, device=device, **entrant.sampler)
     loss = partial(loss_of, network, scheduler, entrant, sampler)
     update = make_update(network, ema, loss, options, batches_of(*data, options.train_batch_size, seed))
+    if device.type == "cuda":
+        warm_up(network, options.train_batch_size)
 
     run, clock, images, clipped = {"entrant": name, "seed": seed, "scores": []}, PhaseClock(device), 0, 0
     while stops_left(run, ladders):
@@ -196,14 +218,14 @@ def run_of(
                 images += options.train_batch_size
         steps = images // options.train_batch_size
         trained = {"seconds": round(clock.seconds("train"), 3), "steps": steps, "images": images}
+        passed = stops_passed(run, ladders, trained)
+        samplers = SAMPLERS if is_at_an_end(passed, ladders) else [OWN]
         try:
             check_finite(ema.shadow_params, "averaged weights")
+            with clock.phase("score"):
+                scores = {by: score(network, ema, SAMPLERS[by] or entrant.shift, evaluator) for by in samplers}
         except FloatingPointError as error:
             return {**run, "failed": str(error)}
-        passed = stops_passed(run, ladders, trained)
-        samplers = SAMPLERS if is_at_an_end(passed, ladders) else ["euler"]
-        with clock.phase("score"):
-            scores = {by: score(network, ema, SAMPLERS[by] or entrant.shift, evaluator) for by in samplers}
         run["scores"].append({"reached": passed, **trained, "commit": code_commit(), "scores": scores})
     return {**run, "clipped": float(clipped) / steps, "seconds_of_scoring": clock.report()["score"]}
 
@@ -242,6 +264,17 @@ def make_update(
         return norm
 
     return update
+
+
+def warm_up(network: Network, batch_size: int) -> None:
+    """What a GPU takes longer for in a first step, over before the clock starts; random states stay as they are."""
+    config, device = network.config, network.device
+    with torch.random.fork_rng(devices=[device]):
+        for _ in range(2):
+            x = torch.randn(batch_size, config.in_channels, config.sample_size, config.sample_size, device=device)
+            labels = None if null_label(config) is None else torch.zeros(batch_size, dtype=torch.long, device=device)
+            network(x, x.new_zeros(batch_size), class_labels=labels).sample.mean().backward()
+    network.zero_grad()
 
 
 def score(network: Network, ema: WeightAverage, shift: float, evaluator: Evaluator) -> float:

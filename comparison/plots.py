@@ -29,7 +29,9 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
             curve, label = entrants[name]["curves"][kind], name if kind == kinds[0] else None  # once in the legend
             errors = [deviation or 0 for deviation in curve.spreads]
             axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
-        axis.set(xlabel=LABELS[kind], xscale="log", yscale="log")
+        axis.set(xlabel=LABELS[kind])
+        if any(summary["curves"][kind].means for summary in entrants.values()):  # else all runs failed
+            axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set(ylabel=score.upper())
     figure.legend(loc="outside right upper", fontsize="small")

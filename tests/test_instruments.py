@@ -336,9 +336,9 @@ def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
     assert set(results["runs"]) == {f"{name}-seed7" for name in names}
     for run in results["runs"].values():
         assert [score["images"] for score in run["scores"]] == [4, 8]
-        assert [sorted(score["scores"]) for score in run["scores"]] == [["euler"], ["euler", "shift 3"]]
+        assert [sorted(score["scores"]) for score in run["scores"]] == [["own schedule"], ["own schedule", "shift 3"]]
     last = results["runs"]["shift_3-seed7"]["scores"][-1]["scores"]
-    assert last["euler"] == last["shift 3"]
+    assert last["own schedule"] == last["shift 3"]
     assert "| `adaptive_ode` |" in (folder / "table.md").read_text()
     assert (folder / "scores.png").stat().st_size > 1000
 
@@ -348,6 +348,9 @@ def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
     [
         (["--entrants", "uniform", "karras"], "--entrants karras: must be of uniform, "),
         (["--method", "ddpm"], "--method ddpm: is not for this race"),
+        (["--dry_run"], "--dry_run True: is not for this race"),
+        (["--seed", "3"], "--seed 3: is not for this race"),
+        (["--score_at_images", "6"], "--score_at_images 6: must be a multiple of the 4 images of an update"),
         (["--score_at", "2", "--max_train_seconds", "1"], r"--score_at 2.0: must be in \(0, 1\]"),
     ],
 )
@@ -360,6 +363,22 @@ def test_a_race_of_flows_does_not_mix_settings(flow_race):
     flow_race("--entrants", "uniform", "--stop_after", "1e-9")
     with pytest.raises(SystemExit, match=r"its learning_rate is 0\.0001, not 0\.1"):
         flow_race("--learning_rate", "0.1")
+
+
+def test_a_run_of_flows_that_failed_is_said_to_have_and_made_again(flow_race, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(flow_matching, "sample_by_euler", partial(broken_samples, flow_matching.sample_by_euler))
+        folder = flow_race("--entrants", "uniform")
+    (run,) = json.loads((folder / "results.json").read_text())["runs"].values()
+    assert run["failed"] == "samples are not finite"
+    assert not run["scores"]
+    flow_race("--entrants", "uniform")
+    (run,) = json.loads((folder / "results.json").read_text())["runs"].values()
+    assert "failed" not in run
+
+
+def broken_samples(sample, network, shift, num_steps, noise, labels):
+    return sample(network, shift, num_steps, noise * torch.nan, labels)
 
 
 def test_the_losses_of_the_race_are_those_of_the_velocity():

@@ -171,6 +171,6 @@ def test_a_network_that_is_not_trained_where_no_signal_is_left_is_warned_of(capl
 
 def test_without_any_noise_errors_of_the_image_have_no_weight_that_is_finite():
     schedule = NoiseSchedule(torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))
-    with pytest.raises(ValueError, match="abar from 1 to 0.1, of a network that predicts sample: .* inf"):
+    with pytest.raises(ValueError, match=r"abar from 1 to 0.1, of a network that predicts sample: .* inf"):
         make_timestep_sampler(schedule, "ddpm", prediction_type="sample")
     assert make_timestep_sampler(schedule, "ddpm").weights.isfinite().all()
