@@ -8,9 +8,10 @@ Trains a RegNet (Radosavovic et al. 2020, Designing Network Design Spaces), in l
 and measures how many images that it has not seen it tells right, and what the Fréchet distance of its features
 makes of noise and blur. The folder is read as any vision model of `transformers` is.
 
-On one CPU, with one number of threads and the same versions, the same options give the same weights. Another machine
+On one kind of CPU, with one number of threads and the same versions, the same options give the same weights. Another
 rounds differently and gives another network, with other distances: they are comparable where `weights_sha256`, printed
-and recorded, is the same. Such a distance is called FD, and is never to be compared with an FID.
+and recorded, is the same. The network of CIFAR-10 that races are scored by is in benchmarks/cifar10_regnet. Such a
+distance is called FD, and is never to be compared with an FID.
 """
 
 import math
