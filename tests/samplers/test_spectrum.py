@@ -92,20 +92,20 @@ def test_weight_is_the_square_of_what_an_error_does_to_the_finished_image(kind, 
     np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.06)
 
 
-def test_the_weight_for_both_ways_of_sampling_gives_each_one_half():
-    """c d log sigma / dt is a sum of what an error does by DDPM and of what it does by DDIM, relative to s_i."""
+def test_the_weight_for_both_ways_of_sampling_gives_each_a_third_and_one_to_all_alike():
+    """c d log sigma / dt is a sum of what an error does by DDPM and of what it does by DDIM, relative to s_i, and 1."""
     s2, at = torch.tensor([25.0, 4.0, 0.3, 0.02], dtype=torch.float64), [30, 100, 250, 400, 550, 700, 850]
     kinds = (DDPMScheduler, DDIMScheduler)
     moved = [(moved_by_an_error("linear", s2, at, kind).square() / s2.sqrt()).sum(1) for kind in kinds]
     c = weightings.spectral_both(tables(), s2)
-    expected = (c * tables().log_sigma_slope)[at]
-    relative = torch.stack(moved, 1) / expected[:, None]
+    of_both = ((c - 1 / 3) * tables().log_sigma_slope)[at]
+    relative = torch.stack(moved, 1) / of_both[:, None]
     parts = torch.linalg.lstsq(relative, torch.ones(len(at), 1).double()).solution
     assert parts.min() > 0
     np.testing.assert_allclose((relative @ parts)[:, 0], np.ones(len(at)), atol=0.06)
-    halves = [alone(tables(), s2, power=0.5) / 2 for alone in (weightings.spectral, weightings.spectral_ode)]
-    assert [float(half.mean()) for half in halves] == pytest.approx([0.5, 0.5])
-    torch.testing.assert_close(c, sum(halves))
+    thirds = [alone(tables(), s2, power=0.5) / 3 for alone in (weightings.spectral, weightings.spectral_ode)]
+    assert [float(third.mean()) for third in thirds] == pytest.approx([1 / 3, 1 / 3])
+    torch.testing.assert_close(c, sum(thirds) + 1 / 3)
 
 
 def test_larger_images_move_the_weight_to_higher_noise():
