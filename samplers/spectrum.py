@@ -79,8 +79,8 @@ def component_powers(
     Their sum over an image is the sum of its squared pixels. With torch.fft.rfftn as the transform, they are
     [N, C, H, W // 2 + 1]; the others are those of the opposite frequencies again.
     """
-    spatial = tuple(range(2, images.ndim))
-    components = transform(torch.einsum("ac,nc...->na...", axes, images), dim=spatial, norm="ortho")
+    on_axes = (axes @ images.flatten(2)).view(images.shape)
+    components = transform(on_axes, dim=tuple(range(2, images.ndim)), norm="ortho")
     return torch.view_as_real(components).square().sum(-1)
 
 

@@ -63,16 +63,10 @@ class WienerFilter:
         W = variances.shape[-1]
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
-        self._axes, self._variances, self._opposites, self._signal, self._noise, self._scales = (
+        by_timestep = torch.stack([abar, 1 - abar, (1 - plain_fraction) * normalizers], 1)
+        self._axes, self._variances, self._opposites, self._by_timestep = (
             table.float().to(self._device)  # in this order: the device may have no float64
-            for table in (
-                spectrum.axes,
-                variances[..., half],
-                opposites / variances.numel(),
-                abar,
-                1 - abar,
-                (1 - plain_fraction) * normalizers,
-            )
+            for table in (spectrum.axes, variances[..., half], opposites / variances.numel(), by_timestep)
         )
 
     def __call__(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -88,9 +82,7 @@ class WienerFilter:
             )
         with torch.autocast(errors.device.type, enabled=False):
             powers = component_powers(errors.float(), self._axes, torch.fft.rfftn)
-        signal, noise, scale = (
-            table[timesteps].view(-1, *(errors.ndim - 1) * [1]) for table in (self._signal, self._noise, self._scales)
-        )
+        signal, noise, scale = self._by_timestep[timesteps].view(-1, 3, *(errors.ndim - 1) * [1]).unbind(1)
         counts = scale * relative_gains(self._variances, signal, noise).pow(self.exponent) + self.plain_fraction
         return (counts * self._opposites * powers).flatten(1).sum(1)
 
