@@ -86,19 +86,25 @@ def by_ring(values, rings):
 
 
 def draw_weighting(schedule, spectrum):
-    """c_t of three data sets, each of mean 1."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    axis.plot(checked_weights("spectral", schedule, spectrum), label="digits, 8×8", color="tab:blue")
+    """`spectral` of three data sets; and of the digits, what is made of it for both ways of sampling. Means are 1."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    left.plot(checked_weights("spectral", schedule, spectrum), label="digits, 8×8", color="tab:blue")
     for name, color in (("16x16", "tab:orange"), ("32x32", "tab:red")):
         run = read(f"comparison_cifar10_{name}/results.json")["runs"]["adaptive-seed0"]
         density, weight = (torch.tensor(run[table]["late"]) for table in ("density", "weight"))
         objective = density * weight / (density * weight).mean()  # p_t w_t = c_t / T, whatever p_t is
         middles = (torch.arange(len(objective)) + 0.5) * schedule.num_train_timesteps / len(objective)
-        axis.plot(middles, objective, label=f"CIFAR-10, {name.replace('x', '×')} (20 bins)", color=color)
-    axis.axhline(1, color="grey", linestyle="--", linewidth=1, label="DDPM")
-    axis.set(xlabel="timestep $t$", title="loss weighting $c_t$: what a timestep counts", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+        left.plot(middles, objective, label=f"CIFAR-10, {name.replace('x', '×')} (20 bins)", color=color)
+    left.set_title("loss weighting `spectral`: what a timestep counts")
+    for name, style in (("spectral", "--"), ("spectral_ode", ":"), ("spectral_both", "-")):
+        weights = checked_weights(name, schedule, spectrum)
+        right.plot(weights, style, label=f"`{name}`", color="black" if name == "spectral_both" else "tab:blue")
+    right.set_title("on the digits, by the way of sampling")
+    for axis in (left, right):
+        axis.axhline(1, color="grey", linestyle="--", linewidth=1, label="DDPM")
+        axis.set(xlabel="timestep $t$", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     return figure
 
 
