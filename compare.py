@@ -7,7 +7,8 @@
 Each run is one of train_adaptive_ddpm.py, to which all other flags go; `eval_*` say how it is scored. --variants
 names methods with other options of training, which take part as methods do. A run stops where it is to be scored: at
 fractions of its time (--score_at), at numbers of images (--score_at_images), or at both, whichever comes next. All runs
-train to their first stop, then all to their second, and so on, so that a drift of the machine's speed hits all alike.
+train to their first stop, then all to their second in the opposite order, and so on, so that a steady drift of the
+machine's speed hits all nearly alike; of one that comes and goes, the table says how many images each run had by then.
 At a stop the averaged weights are scored, outside the clock. A comparison that was killed, or that --stop_after ended,
 goes on where it stopped when the same command is given again. With --join, runs of comparisons made elsewhere with the
 same settings (other seeds or methods, on a machine of the same kind) are reported together with this folder's.

@@ -27,16 +27,19 @@ def begin_runs(runs: dict[str, Run], options: ComparisonOptions) -> list[Run]:
     asked = []
     for seed, entrant in itertools.product(options.seeds, options.methods):
         run = runs.setdefault(f"{entrant}-seed{seed}", {"entrant": entrant, "seed": seed, "scores": []})
-        run.pop("failed", None)  # what failed may have been a full disk: it is tried again
+        if failure := run.pop("failed", None):  # which may have been a full disk: it is tried again
+            run.setdefault("failed_before", []).append(failure)
         asked.append(run)
     return asked
 
 
 def next_run(runs: list[Run], ladders: Ladders) -> Run | None:
-    """Whose turn it is: of the runs that have not come to their end, the first of those that have had the fewest turns.
-    None if there is none."""
+    """Whose turn it is: of the runs that have not come to their end, the first of those that have had the fewest turns,
+    or every second time the last of them: a steady drift of the machine's speed favours none. None if there is none."""
     unfinished = [run for run in runs if "failed" not in run and stops_left(run, ladders)]
-    return min(unfinished, key=lambda run: len(run["scores"]), default=None)
+    turns = min((len(run["scores"]) for run in unfinished), default=0)
+    next_in_turn = [run for run in unfinished if len(run["scores"]) == turns]
+    return next_in_turn[-(turns % 2)] if next_in_turn else None
 
 
 def reached(run: Run, kind: str) -> float:

@@ -16,7 +16,7 @@ class Curve(NamedTuple):
     Attributes:
         stops: [n] seconds of training, or images.
         means, spreads: [n] over seeds, by the first of the samplers; a spread is None of a single seed.
-        images: [n] that had been trained on there, mean over seeds.
+        images: [n] (fewest, most) that had been trained on there, over seeds.
         others: {sampler: (mean, spread)} by the others, at the last stop of the ladder.
         speed_up: see `against`; None where the baseline's last score was never reached, or there is no baseline.
         is_lower_bound: the first score is already better.
@@ -25,7 +25,7 @@ class Curve(NamedTuple):
     stops: list[float]
     means: list[float]
     spreads: list[float | None]
-    images: list[float]
+    images: list[tuple[float, float]]
     others: dict[str, tuple[float, float | None]]
     speed_up: float | None = None
     is_lower_bound: bool = False
@@ -72,7 +72,7 @@ def curve(runs: list[dict[str, Any]], kind: str, stops: list[float], samplers: l
         stops[: len(columns)],
         [statistics.mean(column) for column in values],
         [spread(column) for column in values],
-        [statistics.mean(score["images"] for score in column) for column in columns],
+        [(min(of_stop), max(of_stop)) for column in columns if (of_stop := [score["images"] for score in column])],
         {
             name: (mean(of_name), spread(of_name))
             for name in others
@@ -142,6 +142,11 @@ def table(results: dict[str, Any], entrants: dict[str, Summary]) -> str:
                 for s in entrants.values()
                 for run in s["failed"]
             ),
+            *(
+                f"`{run['entrant']}`, seed {run['seed']}: failed before it went on: {failure}"
+                for run in results["runs"].values()
+                for failure in run.get("failed_before", [])
+            ),
             "",
         ]
     )
@@ -152,7 +157,8 @@ def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
     score, images = results["score"].upper(), results["settings"]["eval_num_images"]
     features, plain = results["feature_extractor"]["num_features"], baseline(results)
     lines = [
-        "Lower is better; mean ± standard deviation over seeds.",
+        "Lower is better; mean ± standard deviation over seeds of training. The first noise of the samples, and the "
+        "images that they are compared with, are the same for all: what these do to a score, ± leaves out.",
         f"{score} of {images:,} images by {features:,} features is biased upwards: values compare within a table "
         "alone.",
     ]
@@ -182,7 +188,7 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
         curve = summary["curves"][kind]
         cells = []
         for pair in zip(curve.means, curve.spreads, curve.images, strict=True):
-            cells += [score_text(*pair[:2]), *([f"{pair[2]:,.0f}"] if shows_images else [])]
+            cells += [score_text(*pair[:2]), *([range_text(*pair[2])] if shows_images else [])]
         cells += ["–"] * (len(stops) * (1 + shows_images) - len(cells))
         cells += [score_text(*curve.others[sampler]) if sampler in curve.others else "–" for sampler in others]
         rate, clipped = summary["images_per_second"], summary["clipped"]
@@ -203,6 +209,11 @@ def rank(summary: Summary, kind: str) -> tuple[bool, int, float]:
 def score_text(mean: float, deviation: float | None) -> str:
     """A score as a cell of the table: "2.257 ± 0.181"."""
     return f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def range_text(least: float, most: float) -> str:
+    """Numbers of images as a cell of the table: "51,200", "48,000 to 51,200"."""
+    return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
 
 
 def speed_up_text(curve: Curve) -> str:

@@ -80,6 +80,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
         "none",
         "min_snr",
         "p2",
+        "p2_half",
         "debiased",
         "v",
         "change_aware",

@@ -27,6 +27,11 @@ def p2(schedule: NoiseSchedule, k: float = 1.0, gamma: float = 1.0) -> torch.Ten
     return (k + schedule.snr) ** -gamma
 
 
+def p2_half(schedule: NoiseSchedule) -> torch.Tensor:
+    """`p2` with gamma = 1/2, the paper's other setting: c_t = 1 / sqrt(1 + snr_t)."""
+    return p2(schedule, gamma=0.5)
+
+
 def change_aware(schedule: NoiseSchedule, ceiling: float = 0.6) -> torch.Tensor:
     """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
     from [min, max] over all t to [1 - ceiling, ceiling], below the boundary tau; 1 from there on."""
@@ -123,7 +128,7 @@ def spectral_both(schedule: NoiseSchedule, variances: torch.Tensor) -> torch.Ten
     """The mean of `spectral` and `spectral_ode`, of power 1/2, and 1: for images sampled either way. Mean 1.
 
     Relative to the variance an error would count the same in all components, however faint they are; with no regard to
-    it, in the few strongest alone. The amplitude lies between, and trains better by either way of sampling. The third
+    it, in the few strongest alone. The amplitude lies between; by DDPM it trained better, and by DDIM worse. The third
     part leaves no timestep out, as what an error does is derived for Gaussian data.
 
     Args:

@@ -140,11 +140,17 @@ def test_a_stop_that_not_all_seeds_have_reached_is_not_shown_and_ranks_last():
     assert [line.split("`")[1] for line in lines[4:9]] == ["edm", "ddpm", "p2", "adaptive", "speed"]
 
 
-def test_images_in_equal_time_are_means_over_the_seeds():
+def test_images_in_equal_time_are_the_fewest_and_the_most_over_the_seeds():
     results = json.loads(json.dumps(RESULTS))
     results["runs"]["adaptive-seed1"]["scores"][0]["images"] = 1301  # 100 in the other
     (line,) = [line for line in table_of(results)[4:9] if "adaptive" in line]
-    assert line.startswith("| `adaptive` | 6.000 ± 0.000 | 700 | 3.000 ± 1.414 | 200 |")
+    assert line.startswith("| `adaptive` | 6.000 ± 0.000 | 100 to 1,301 | 3.000 ± 1.414 | 200 |")
+
+
+def test_a_run_that_failed_before_it_went_on_is_said_to_have():
+    results = json.loads(json.dumps(RESULTS))
+    results["runs"]["adaptive-seed1"]["failed_before"] = ["no luck"]
+    assert "`adaptive`, seed 1: failed before it went on: no luck" in table_of(results)
 
 
 def test_an_entrant_of_which_a_run_failed_ranks_behind_the_others():
