@@ -50,7 +50,7 @@ DOCUMENTS = sorted(
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
 RACES = ("race_cifar10_16x16", "race_digits")  # the columns of the README's table
 ABLATIONS = ("ablation_cifar10_16x16", "ablation_digits")
-COMPARISONS = ("comparison_cifar10_16x16", "comparison_digits")
+COMPARISONS = ("race_first_cifar10_16x16", "race_first_digits", "comparison_cifar10_16x16", "comparison_digits")
 TEST_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt pytest pytest-xdist hypothesis ruff "
     "&& .venv/bin/ruff check . && .venv/bin/python -m pytest -n 2"
