@@ -30,7 +30,7 @@ def plot_timestep_density(metrics_path: Path, image_path: Path, num_train_timest
     colors = plt.get_cmap("viridis")
     scale = Normalize(records[0]["step"], max(records[-1]["step"], records[0]["step"] + 1))
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.13, top=0.92, wspace=0.16)  # a layout by engine takes longer
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.13, top=0.92, wspace=0.16)  # a layout by engine takes longer
     for axis, (title, values) in zip(axes, panels, strict=True):
         for record in records[:: max(1, len(records) // 60)]:
             axis.plot(middles, values(record), color=colors(scale(record["step"])), linewidth=1.2)
