@@ -10,8 +10,7 @@ makes of noise and blur. The folder is read as any vision model of `transformers
 
 On one kind of CPU, with one number of threads and the same versions, the same options give the same weights. Another
 rounds differently and gives another network, with other distances: they are comparable where `weights_sha256`, printed
-and recorded, is the same. The network of CIFAR-10 that races are scored by is in benchmarks/cifar10_regnet. Such a
-distance is called FD, and is never to be compared with an FID.
+and recorded, is the same. Such a distance is called FD, and is never to be compared with an FID.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A race of ways to draw the timesteps of flow matching, in equal time and in equal images: a table and a plot.
 
     python benchmarks/flow_matching.py --config configs/digits.yaml --output_dir runs/flow_matching/digits_unet \\
-        --eval_num_images 640 --eval_feature_extractor benchmarks/cifar10_regnet \\
+        --eval_num_images 640 --eval_feature_extractor runs/feature_extractor \\
         --max_train_seconds 100 --score_at_images 51200
 
 It is a small loop (`loss_of` in flow_entrants.py), with this package as a user of it has it, and with the rivals' own
@@ -199,7 +199,7 @@ def run_of(
     torch.manual_seed(seed)
     classes = len(dataset.classes) if options.class_conditional else None
     network = build_network(options, dataset.channels, dataset.resolution, classes).to(device)
-    choose_kernels(network, device, "no", options.compile)
+    choose_kernels(network, device, "no", compiled=False)
     ema = build_average(options, network)
     scheduler, sampler = FlowMatchEulerDiscreteScheduler(shift=entrant.shift), None
     if entrant.sampler:

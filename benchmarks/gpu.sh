@@ -2,7 +2,7 @@
 # What needs a GPU, in parts of at most ten minutes each:
 #   benchmarks/gpu.sh tests|throughput|comparison OUT_FOLDER [training flags]
 # Training flags name data and feature extractor where these are not to be had from the Hub, for example
-#   --dataset_name ../data/cifar10 --eval_feature_extractor benchmarks/cifar10_regnet
+#   --dataset_name ../data/cifar10 --eval_feature_extractor ../metrics/cifar10-regnet
 set -euo pipefail
 part=$1 out=$2
 shift 2

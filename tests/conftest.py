@@ -27,7 +27,6 @@ gc.disable()  # while test modules import what they need: that takes a quarter l
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
-REGNET = REPOSITORY / "benchmarks" / "cifar10_regnet"  # a feature extractor
 
 processes = multiprocessing.get_context("forkserver")
 # Training, generation, and what they import at the first use of the digits, of TensorBoard and of scores

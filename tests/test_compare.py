@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import REGNET, TINY_UNET, fork_all_but_the_first
+from conftest import SHARED, TINY_UNET, fork_all_but_the_first
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -308,6 +308,9 @@ def test_the_output_folder_is_required(capsys):
 
 def test_two_entrants_for_real(few_digits, tmp_path, monkeypatch):
     fork_all_but_the_first(comparison.runs, monkeypatch)
+    regnet = SHARED / "metrics" / "cifar10-regnet"
+    if not regnet.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
     (tmp_path / "race.yaml").write_text(f"""
 train:
   dataset_name: {few_digits}
@@ -329,7 +332,7 @@ compare:
   score_at_images: [32]
 """)
     folder = tmp_path / "out"
-    flags = ["--config", tmp_path / "race.yaml", "--eval_feature_extractor", REGNET, "--output_dir", folder]
+    flags = ["--config", tmp_path / "race.yaml", "--eval_feature_extractor", regnet, "--output_dir", folder]
     flags = [str(flag) for flag in flags]
     compare.main(flags)
     results = json.loads((folder / "results.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import REGNET, REPOSITORY
+from conftest import REPOSITORY
 from transformers import AutoImageProcessor, AutoModel
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -167,8 +167,3 @@ def test_what_cannot_be_is_refused_before_the_work(flags, message, tmp_path, few
     with pytest.raises(SystemExit, match=message):
         feature_extractor.main(options_of("--output_dir", tmp_path / "model", *flags))
     assert not (tmp_path / "model").exists()
-
-
-def test_the_network_in_the_repository_is_the_one_of_the_record():
-    record = json.loads((REPOSITORY / "benchmarks" / "results" / "feature_extractor.json").read_text())
-    assert load_extractor(str(REGNET)).description["weights_sha256"] == record["weights_sha256"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ADAPTING, COMPILED_UNET, REGNET, REPOSITORY, TINY, TINY_UNET, forked
+from conftest import ADAPTING, COMPILED_UNET, REPOSITORY, SHARED, TINY, TINY_UNET, forked
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -284,15 +284,23 @@ def test_time_budget_counts_training_alone(train):
 # The score during training
 
 
+@pytest.fixture
+def regnet():
+    folder = SHARED / "metrics" / "cifar10-regnet"
+    if not folder.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    return folder
+
+
 def scores(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["fd"] for record in records if "fd" in record}
 
 
-def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, few_digits):
+def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, regnet, few_digits):
     """Of the same images, by torch-fidelity; and of two processes that of one."""
     flags = ("--eval_steps", 12, "--eval_num_images", 330, "--eval_num_inference_steps", 3, "--train_batch_size", 16)
-    flags = [*SMOOTH, *flags, "--eval_feature_extractor", REGNET, "--dataset_name", few_digits]
+    flags = [*SMOOTH, *flags, "--eval_feature_extractor", regnet, "--dataset_name", few_digits]
     two = train_two_processes(tmp_path / "two", *flags, "--train_batch_size", 8)
     run = train("run", *flags).wait()
     assert list(scores(run.folder)) == [12, 24]
@@ -302,7 +310,7 @@ def test_the_score_in_training_is_that_of_the_saved_pipeline(train, tmp_path, fe
     pipeline = DDPMPipeline.from_pretrained(run.folder)
     images = sample_images(pipeline, range(330), seed=0, num_inference_steps=3)
     reference = open_images(few_digits).decode_all(show_progress=False)
-    assert torch_fidelity_distance(images, reference, REGNET) == pytest.approx(scores(run.folder)[24], rel=1e-3)
+    assert torch_fidelity_distance(images, reference, regnet) == pytest.approx(scores(run.folder)[24], rel=1e-3)
     seconds = json.loads((run.folder / "training_summary.json").read_text())["seconds"]
     assert seconds["eval"] > seconds["train"] / 20  # timed apart
 
@@ -332,10 +340,10 @@ def torch_fidelity_distance(images, reference, extractor):
     return metrics[torch_fidelity.KEY_METRIC_FID]
 
 
-def test_scores_come_by_seconds_too(train, few_digits):
+def test_scores_come_by_seconds_too(train, regnet, few_digits):
     flags = ("--max_train_steps", 10**6, "--max_train_seconds", 3, "--eval_seconds", 1, "--eval_num_images", 330)
-    flags = (*flags, "--eval_num_inference_steps", 2, "--eval_feature_extractor", REGNET)
+    flags = (*flags, "--eval_num_inference_steps", 2, "--eval_feature_extractor", regnet)
     run = train("run", *flags, "--dataset_name", few_digits).wait()
     assert 1 <= len(scores(run.folder)) <= 3
-    refused = train("few", "--eval_steps", 5, "--eval_num_images", 320, "--eval_feature_extractor", REGNET).wait(1)
+    refused = train("few", "--eval_steps", 5, "--eval_num_images", 320, "--eval_feature_extractor", regnet).wait(1)
     assert "--eval_num_images 320: must exceed the extractor's 320 features" in refused.output

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ADAPTING, REGNET, TINY, TINY_UNET, Run, processes
+from conftest import ADAPTING, SHARED, TINY, TINY_UNET, Run, processes
 from safetensors.torch import load_file
 from test_resuming import assert_identical
 
@@ -41,11 +41,12 @@ RESUME = ["--resume_from_checkpoint", "latest"]
 GENERATING = ["--num_images", "48", "--batch_size", "4", "--num_inference_steps", "6"]
 FORMATS = ("png", "npz", "parquet")
 METHODS = ("ddpm", "adaptive")  # of the small comparison
+EXTRACTOR = SHARED / "metrics" / "cifar10-regnet"
 COMPARING = [
     *("--max_train_seconds", "0.5", "--methods", *METHODS, "--score_at", "1", "--dataset_name", "digits"),
     *("--resolution", "8", "--unet", json.dumps(TINY_UNET), "--logger", "none", "--logging_steps", "5"),
     *("--eval_num_images", "330", "--eval_num_inference_steps", "2", "--train_batch_size", "8"),
-    *("--ddpm_num_inference_steps", "2", "--eval_feature_extractor", str(REGNET)),
+    *("--ddpm_num_inference_steps", "2", "--eval_feature_extractor", str(EXTRACTOR)),
 ]
 TIMEOUT = 120  # seconds, of a start that takes two; a comparison gets more
 # In checkpoints: the clock's; and Python's own generator, from which training draws nothing, and launchers do
@@ -398,6 +399,12 @@ class Drill:
     scale: float
     rng: random.Random
     references: References
+
+
+def need_extractor():
+    """Comparisons score by a small network that is shared beside the checkout."""
+    if not EXTRACTOR.is_dir():
+        raise Skipped(f"needs {EXTRACTOR}")
 
 
 def bound(function, *args, **kwargs):

@@ -28,6 +28,7 @@ from harness import (
     bound,
     check_refusal,
     check_unchanged,
+    need_extractor,
     scaled,
     snapshot,
 )
@@ -106,6 +107,8 @@ def title(bad):
 
 def refused(folder, rng, references, bad):
     """One start, which must be refused and change nothing."""
+    if bad.script == COMPARE:
+        need_extractor()
     world, cache = folder / "world", folder / "cache"
     world.mkdir()
     places = {"world": world, "cache": cache, **{kind: references.get(kind) for kind in ("plain", "twelve", "png")}}

@@ -18,6 +18,7 @@ from harness import (
     check_refusal,
     check_same_images,
     check_same_run,
+    need_extractor,
     scaled,
     slow_sampling,
     slow_steps,
@@ -94,6 +95,7 @@ def second_generation(folder, rng, references, fmt):
 
 
 def second_comparison(folder, rng):
+    need_extractor()
     run = folder / "run"
     with Starts() as starts:
         first = starts.compare(run)
