@@ -69,15 +69,19 @@ NOT_OURS = (
 
 @dataclass
 class RaceOptions:
-    """Who takes part, and where runs are scored."""
+    """Who takes part, and where runs are scored. Of the flags of training, those are refused that the race decides."""
 
     _argument_group_name = "Race"
 
-    entrants: list[str] = field(default_factory=list, metadata={"help": "Those that take part; default: all."})
+    entrants: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Of {', '.join(all_entrants(1, class_conditional=True))}; default: all."},
+    )
     seeds: list[int] = field(default_factory=lambda: [1000, 1001, 1002], metadata={"help": "Runs of each."})
     score_at: list[float] = field(default_factory=lambda: [0.5, 1.0], metadata={"help": "As in compare.py."})
     score_at_images: list[int] = field(
-        default_factory=list, metadata={"help": "As in compare.py; Curriculum's schedule is fitted to the last."}
+        default_factory=list,
+        metadata={"help": "Required; as in compare.py. Curriculum's schedule is fitted to the last."},
     )
     stop_after: float | None = HfArg(default=None, help="Seconds after which to begin no run but the first.")
 

@@ -45,7 +45,9 @@ class ComparisonOptions:
     )
     score_samplers: list[str] = field(
         default_factory=lambda: ["ddpm"],
-        metadata={"help": "ddpm, ddim: what draws the images that are scored; all but the first at the end alone."},
+        metadata={
+            "help": "ddpm, ddim: what draws the images scored; all but the first at the ladders' last stops alone."
+        },
     )
     stop_after: float | None = HfArg(default=None, help="Seconds after which to begin no slice of a run but the first.")
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
