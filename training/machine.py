@@ -32,10 +32,12 @@ def code_commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor as a person would name it."""
+    """The processor as a person would name it; a CPU with the vector instructions that PyTorch uses of it and its
+    threads, because virtual machines of one name may differ several times in speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{processor_name()} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -31,7 +31,8 @@ def test_a_processor_is_named_by_its_model(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(CPUINFO)
     assert processor_name(tmp_path / "cpuinfo") == "Intel(R) Xeon(R) Platinum 8480C"
     monkeypatch.setattr("training.machine.processor_name", lambda: "Z80")
-    assert device_name(torch.device("cpu")) == f"Z80, {torch.get_num_threads()} threads"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX9")
+    assert device_name(torch.device("cpu")) == f"Z80 (AVX9), {torch.get_num_threads()} threads"
 
 
 def test_code_is_named_by_its_commit_and_whether_it_was_changed_since(tmp_path):
