@@ -86,6 +86,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
         "change_aware",
         "edm",
         "flow",
+        "logit_normal",
         "cosmap",
         "bell",
         "spectral",
@@ -99,6 +100,7 @@ ERROR_FILTERS: dict[str, Callable[..., ErrorFilter]] = {
     "frequency": lambda schedule, spectrum, device: frequency,
     "wiener": WienerFilter,
     "wiener_ode": partial(WienerFilter, exponent=1.0),
+    "wiener_amplitude": partial(WienerFilter, exponent=1.0, power=0.5),
 }
 
 NOISE_COUPLINGS: dict[str, NoiseCoupling] = {
@@ -117,7 +119,7 @@ PARTS = {
 FROM_IMAGES = {  # the parts that are made from the data's spectrum, or its variance
     "timestep_sampler": {name for name, kind in TIMESTEP_SAMPLERS.items() if kind.needs_data_variance},
     "loss_weighting": {"spectral", "spectral_ode", "spectral_both"},
-    "error_filter": {"wiener", "wiener_ode"},
+    "error_filter": {"wiener", "wiener_ode", "wiener_amplitude"},
     "noise_coupling": set(),
 }
 
@@ -162,6 +164,7 @@ METHODS = {  # as published
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
     "immiscible": Method("uniform", noise_coupling="immiscible"),
+    "adaptive_flow": Method("adaptive", "logit_normal", "wiener_amplitude", "antithetic"),
     "adaptive": Method("adaptive", "spectral_both", "wiener_ode", "antithetic"),
 }
 
@@ -211,7 +214,7 @@ __all__ = [
 
 def make_timestep_sampler(
     noise_scheduler: object,
-    method: str = "adaptive",
+    method: str | None = None,
     *,
     images: torch.Tensor | None = None,
     prediction_type: str | None = None,
@@ -228,9 +231,9 @@ def make_timestep_sampler(
         noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`, or with the `sigmas` of a straight
             flow; or a `NoiseSchedule`, which says nothing of the network: give `prediction_type` too, unless it
             predicts eps (or the velocity of a flow).
-        method: a key of `METHODS`.
+        method: a key of `METHODS`; by default `adaptive`, or for the schedule of a flow `adaptive_flow`.
         images: [N, C, H, W] as the network sees them (in [-1, 1], or latents), a random sample of the training data, a
-            batch or more; needed by the parts in `FROM_IMAGES`, which `adaptive` and `info_noise` have.
+            batch or more; needed by the parts in `FROM_IMAGES`, which ours and `info_noise` have.
         prediction_type: of the network, "epsilon", "v_prediction", "sample" or "flow"; by default what the noise
             scheduler's `config` says, an object or a mapping; where it says nothing, "flow" if the schedule is a
             flow's, else "epsilon".
@@ -247,10 +250,12 @@ def make_timestep_sampler(
         ValueError: an unknown name or option, no images where they are needed or unusable ones, a method that this
             noise schedule does not allow, or fewer than two timesteps between `min_timestep` and `max_timestep`.
     """
-    parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     config = getattr(noise_scheduler, "config", None)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
+    if method is None:
+        method = "adaptive_flow" if noise_scheduler.noisiest_first else "adaptive"
+    parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if prediction_type is None:
         read = config.get if isinstance(config, Mapping) else partial(getattr, config)
         prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")

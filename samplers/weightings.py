@@ -71,6 +71,18 @@ def flow(schedule: NoiseSchedule) -> torch.Tensor:
     return (1 + schedule.sigma) ** 2
 
 
+def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0) -> torch.Tensor:
+    """c_t ∝ exp(-(log sigma_t - m)^2 / (2 s^2)) (1 + sigma_t)^2 dlog(sigma_t)/dt: SD3's objective (arXiv 2403.03206,
+    eq. 19), whatever the density of the draws.
+
+    It is what training minimises by the loss of `flow` and the timestep sampler `logit_normal`: there log sigma is
+    drawn from N(m, s^2), here those draws are a weight. None is left without any signal.
+    """
+    distance = (schedule.sigma.log() - m) / s
+    drawn = torch.exp(-(distance**2) / 2 + 2 * torch.log1p(schedule.sigma)).nan_to_num(0.0)  # of sigma = inf
+    return drawn * schedule.log_sigma_slope
+
+
 def cosmap(schedule: NoiseSchedule) -> torch.Tensor:
     """c_t = 2 / (pi (1 - 2 s + 2 s^2)) on the loss of `flow`: SD3's CosMap (arXiv 2403.03206, eq. 21), as a weighting.
 

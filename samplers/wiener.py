@@ -9,7 +9,8 @@ from .spectrum import Spectrum, component_powers, for_each_timestep, relative_ga
 
 
 class WienerFilter:
-    """l = mean_i v_i |e_i|^2, v_i = (1 - f) K_i^n / <K^n> + f: squared errors of eps behind the data's Wiener filter.
+    """l = mean_i v_i |e_i|^2, v_i = (1 - f) g_i / <g> + f, g_i = K_i^n s_i^(2r - 2): squared errors of eps behind the
+    data's Wiener filter.
 
     e_i are the components of the error (spatial frequencies, and principal axes of the channels), s_i^2 the variances
     of the data's, and K_i = s_i^2 / (s_i^2 + sigma_t^2) is the gain of the best linear denoiser of x_t.
@@ -21,8 +22,13 @@ class WienerFilter:
     or 1. In plain mean squares all count the same; at high noise most of them are errors in copying noise from x_t, at
     frequencies at which nothing is decided yet.
 
-    What a timestep counts against another is left to the weighting c_t: <K^n> = sum K^(n+1) / sum K is the mean over
-    the loss of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
+    That is the square of what an error moves, r = 1: the few strongest components count most, and faint ones hardly at
+    all before they are decided. Relative to the variance s_i^2 of what is there, r = 0, all would count the same. With
+    r = 1/2, relative to the amplitude, g_i = s_i / (s_i^2 + sigma_t^2) at n = 1 is largest where s_i = sigma_t, at the
+    components that are being decided.
+
+    What a timestep counts against another is left to the weighting c_t: <g> = sum g K / sum K is the mean over the loss
+    of the best linear denoiser, E |e_i|^2 = K_i, which so keeps the value that it has in plain mean squares.
     That is a choice: with the two derived together, the few components that are decided at high noise take nearly all
     of the weight, which trains far worse.
     The minimiser is E[eps | x_t], as ever, since all v_i are positive.
@@ -34,6 +40,8 @@ class WienerFilter:
         spectrum: the data's `Spectrum`.
         plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen.
         exponent: n, positive: 2 for ancestral sampling, 1 for the ODE.
+        power: r, as in the weighting `spectral`: 1 for squares of what an error moves, 1/2 for these relative to the
+            amplitude s_i.
         device: of the errors.
     """
 
@@ -43,30 +51,33 @@ class WienerFilter:
         spectrum: Spectrum,
         plain_fraction: float = 0.1,
         exponent: float = 2.0,
+        power: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
         if not 0 < plain_fraction <= 1:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         if not exponent > 0:
             raise ValueError(f"exponent must be positive, not {exponent}")
-        self._schedule, self._device, self.exponent = schedule, device, exponent
+        self._schedule, self._device, self.exponent, self.power = schedule, device, exponent, power
         self._make_tables(spectrum, plain_fraction)
 
     def _make_tables(self, spectrum, plain_fraction):
         self.spectrum, self.plain_fraction = spectrum, plain_fraction
         variances, abar, n = spectrum.variances, self._schedule.alphas_cumprod, self.exponent
+        relative = variances.clamp_min(1e-12) ** (self.power - 1)
 
-        def normalizer(gains):  # 1 / <K^n>
-            return gains.sum(1) / gains.pow(n + 1).sum(1)
+        def normalizer(gains):  # 1 / <g>
+            return gains.sum(1) / (gains.pow(n + 1) * relative.flatten()).sum(1)
 
         normalizers = for_each_timestep(normalizer, variances, self._schedule)
         W = variances.shape[-1]
         half = torch.arange(W // 2 + 1)  # the columns of frequencies that decide the others
         opposites = 1.0 + ((half > 0) & (2 * half < W))  # 2 where another column holds the opposite frequencies
         by_timestep = torch.stack([abar, 1 - abar, (1 - plain_fraction) * normalizers], 1)
-        self._axes, self._variances, self._opposites, self._by_timestep = (
+        components = (variances[..., half], relative[..., half], opposites / variances.numel())
+        self._axes, self._by_timestep, self._variances, self._relative, self._opposites = (
             table.float().to(self._device)  # in this order: the device may have no float64
-            for table in (spectrum.axes, variances[..., half], opposites / variances.numel(), by_timestep)
+            for table in (spectrum.axes, by_timestep, *components)
         )
 
     def __call__(self, errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -83,23 +94,26 @@ class WienerFilter:
         with torch.autocast(errors.device.type, enabled=False):
             powers = component_powers(errors.float(), self._axes, torch.fft.rfftn)
         signal, noise, scale = self._by_timestep[timesteps].view(-1, 3, *(errors.ndim - 1) * [1]).unbind(1)
-        counts = scale * relative_gains(self._variances, signal, noise).pow(self.exponent) + self.plain_fraction
+        moved = relative_gains(self._variances, signal, noise).pow(self.exponent) * self._relative
+        counts = scale * moved + self.plain_fraction
         return (counts * self._opposites * powers).flatten(1).sum(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the filter is made from, beside the noise schedule: axes [C, C], variances [C, H, W], exponent and
-        plain_fraction."""
-        return {**self.spectrum._asdict(), "exponent": self.exponent, "plain_fraction": self.plain_fraction}
+        """What the filter is made from, beside the noise schedule: axes [C, C], variances [C, H, W], exponent, power
+        and plain_fraction."""
+        own = {name: getattr(self, name) for name in ("exponent", "power", "plain_fraction")}
+        return {**self.spectrum._asdict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Be the filter that was saved, of whatever images that was made.
 
         Raises:
-            ValueError: they had another shape, or the filter another exponent.
+            ValueError: they had another shape, or the filter another exponent or power.
         """
-        exponent = state.get("exponent", 2.0)  # an earlier version knew no other
-        if exponent != self.exponent:
-            raise ValueError(f"cannot load this error filter state: its exponent is {exponent}, not {self.exponent}")
+        for name, only in (("exponent", 2.0), ("power", 1.0)):  # an earlier version knew no other
+            saved, own = state.get(name, only), getattr(self, name)
+            if saved != own:
+                raise ValueError(f"cannot load this error filter state: its {name} is {saved}, not {own}")
         saved, own = (list(variances.shape) for variances in (state["variances"], self.spectrum.variances))
         if saved != own:
             raise ValueError(f"cannot load this error filter state: it is of images of {saved}, this filter of {own}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -158,6 +159,23 @@ def test_filter_and_weighting_count_what_an_error_of_the_velocity_does_to_the_fi
     slope = torch.gradient(tables().sigma.log())[0].flip(0)[at]
     ratio = of_epsilon / (sampler.loss_weights.double().flip(0)[at] * slope)
     np.testing.assert_allclose(ratio / ratio.mean(), np.ones(len(at)), atol=0.05)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_logit_normal_objective_is_the_velocitys_loss_by_sd3s_density_whatever_the_tables(shift):
+    """pi(s; 0, 1) of arXiv 2403.03206, eq. 19, times how far s goes from a timestep to the next."""
+    s = flow(shift=shift).sigmas.double().flip(0)[:-1]
+    on_velocity = weightings.logit_normal(tables(shift=shift)) * epsilon_loss_scale(tables(shift=shift), "flow")
+    density = torch.as_tensor(stats.norm.pdf(s.logit().numpy())) / (s * (1 - s))
+    tables_of = (on_velocity[:-1], density * torch.gradient(s)[0])
+    ours, expected = (values[20:-20] / values[20:-20].sum() for values in tables_of)
+    torch.testing.assert_close(ours, expected, rtol=2e-2, atol=0)
+
+
+def test_by_default_a_flow_has_the_method_that_is_ours_for_flows():
+    images = images_of(16)
+    assert make_timestep_sampler(flow(), images=images).made_of["loss_weighting"] == "logit_normal"
+    assert make_timestep_sampler(DDPMScheduler(), images=images).made_of["loss_weighting"] == "spectral_both"
 
 
 def test_on_the_velocitys_own_loss_the_objective_for_the_ode_is_a_bell_over_the_flows_time():

@@ -139,6 +139,7 @@ def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
         ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares; .* give `error_filter=`"),
         ({"noise_coupling": "immiscible"}, "its noise_coupling is antithetic, not immiscible; .* `noise_coupling=`"),
         ({"error_filter": "wiener"}, "its exponent is 1.0, not 2.0"),
+        ({"error_filter": "wiener_amplitude"}, "its power is 1.0, not 0.5"),
         ({"prediction_type": "v_prediction"}, "its prediction_type is epsilon, not v_prediction"),
         ({"images": images_of(16, channels=3)}, r"its image_shape is \[1, 8, 8\], not \[3, 8, 8\]"),
         ({"images": images_of(16, size=16)}, r"its image_shape is \[1, 8, 8\], not \[1, 16, 16\]"),

@@ -35,15 +35,20 @@ def waves(spectrum, axis, frequency):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize(("kind", "exponent"), [(DDPMScheduler, 2.0), (DDIMScheduler, 1.0)])
-def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_image(kind, exponent, beta_schedule):
-    """The ratio of two components' losses at the same t, against diffusers' own sampling."""
+@pytest.mark.parametrize(
+    ("kind", "exponent", "power"), [(DDPMScheduler, 2.0, 1.0), (DDIMScheduler, 1.0, 1.0), (DDIMScheduler, 1.0, 0.5)]
+)
+def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_image(
+    kind, exponent, power, beta_schedule
+):
+    """The ratio of two components' losses at the same t, against diffusers' own sampling; or of their shares of the
+    amplitudes, of power 1/2."""
     spectrum = Spectrum.of(smooth_images())
     chosen = [(2, (0, 0)), (2, (0, 1)), (2, (2, 2)), (0, (1, 0))]
     variances = torch.stack([spectrum.variances[axis][frequency] for axis, frequency in chosen])
     at = [30, 100, 250, 400, 550, 700, 850]
-    moved = moved_by_an_error(beta_schedule, variances, at, kind).square()
-    loss = wiener(smooth_images(), beta_schedule, plain_fraction=1e-9, exponent=exponent)
+    moved = moved_by_an_error(beta_schedule, variances, at, kind).square() / variances ** (1 - power)
+    loss = wiener(smooth_images(), beta_schedule, plain_fraction=1e-9, exponent=exponent, power=power)
     counts = torch.stack(
         [
             loss(waves(spectrum, *component).float().expand(len(at), -1, -1, -1), torch.tensor(at))
@@ -55,12 +60,12 @@ def test_an_errors_component_counts_the_square_of_what_it_does_to_the_finished_i
     np.testing.assert_allclose(ours, theirs, rtol=0.06, atol=1e-6)
 
 
-@pytest.mark.parametrize("exponent", [1.0, 2.0])
+@pytest.mark.parametrize(("exponent", "power"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5)])
 @pytest.mark.parametrize("plain_fraction", [0.1, 0.5, 1.0])
-def test_the_best_linear_denoiser_has_the_loss_that_it_has_in_plain_mean_squares(plain_fraction, exponent):
+def test_the_best_linear_denoiser_has_the_loss_that_it_has_in_plain_mean_squares(plain_fraction, exponent, power):
     """On Gaussian data of that spectrum: sum_i v_i K_i = sum_i K_i, here by 4,000 draws of it at each of some t."""
     spectrum = Spectrum.of(smooth_images())
-    loss = wiener(smooth_images(), plain_fraction=plain_fraction, exponent=exponent)
+    loss = wiener(smooth_images(), plain_fraction=plain_fraction, exponent=exponent, power=power)
     abar = tables().alphas_cumprod
     generator = torch.Generator().manual_seed(1)
     for t in (20, 200, 500, 900):
@@ -109,6 +114,25 @@ def test_data_of_any_number_of_spatial_axes_have_their_filter(shape):
         axes = torch.einsum("ac,c...->a...", spectrum.axes, error)
         components = torch.fft.fftn(axes, dim=tuple(range(1, error.ndim)), norm="ortho")
         assert float(loss) == pytest.approx(float((counts * components.abs().square()).mean()), rel=1e-4)
+
+
+def test_relative_to_amplitudes_the_components_that_are_being_decided_count_most():
+    """s / (s^2 + sigma^2) is largest at s = sigma. Components that do not vary at all count as the plain part alone."""
+    variances = torch.logspace(-4, 2, 64, dtype=torch.float64).view(1, 8, 8)
+    variances = (variances + variances.flip(1, 2).roll((1, 1), (1, 2))) / 2  # alike at opposite frequencies
+    variances[0, 0, 0] = 0.0
+    spectrum = Spectrum(torch.eye(1, dtype=torch.float64), variances)
+    loss = WienerFilter(tables(), spectrum, exponent=1.0, power=0.5)
+    for t in (100, 300, 600):
+        counts = {
+            (i, j): float(loss(waves(spectrum, 0, (i, j)).float(), torch.tensor([t])))
+            for i in range(8)
+            for j in range(8)
+        }
+        assert counts[0, 0] == pytest.approx(0.1 / 64, rel=1e-3)
+        most = max(counts, key=counts.get)
+        distances = (variances[0].clamp_min(1e-9).log() / 2 - tables().sigma[t].log()).abs()
+        assert float(distances[most]) == pytest.approx(float(distances.min()))
 
 
 def test_filtered_losses_are_float32_within_autocast():
