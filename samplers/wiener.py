@@ -22,8 +22,8 @@ class WienerFilter:
     or 1. In plain mean squares all count the same; at high noise most of them are errors in copying noise from x_t, at
     frequencies at which nothing is decided yet.
 
-    That is the square of what an error moves, r = 1: the few strongest components count most, and faint ones hardly at
-    all before they are decided. Relative to the variance s_i^2 of what is there, r = 0, all would count the same. With
+    That is the square of what an error moves, r = 1: the strongest components count most, and faint ones hardly at all
+    before they are decided. Relative to the variance s_i^2 of what is there, r = 0, the faintest would count most. With
     r = 1/2, relative to the amplitude, g_i = s_i / (s_i^2 + sigma_t^2) at n = 1 is largest where s_i = sigma_t, at the
     components that are being decided.
 
