@@ -40,9 +40,10 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: how its lines look}, the same in all plots; our own method stands out."""
-    ours = {"color": "black", "linestyle": "-", "linewidth": 2.5, "zorder": 3}
-    return {name: ours if name == "adaptive" else style for name, style in zip(names, cycle(STYLES))}
+    """{name: how its lines look}, the same in all plots; our own methods stand out."""
+    black = {"color": "black", "linewidth": 2.5, "zorder": 3}
+    ours = {"adaptive": black | {"linestyle": "-"}, "adaptive_flow": black | {"linestyle": "--"}}
+    return {name: ours.get(name, style) for name, style in zip(names, cycle(STYLES))}
 
 
 def plot_densities(entrants: dict[str, Summary], path: Path) -> None:
