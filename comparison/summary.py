@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipelines import SCHEDULERS
+
 PLAIN = {"method": "ddpm"}  # speed-ups are over the entrant with these options, where it takes part
 UNITS = {"seconds": "s", "images": "images"}
 HEADINGS = {"seconds": "Equal time", "images": "Equal images"}
@@ -176,7 +178,9 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
     """The table of one ladder, best last score first; those of equal time say how many images a run had by then."""
     stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
     score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
-    by = {sampler: "" if sampler == "ddpm" else f" by {sampler.upper()}" for sampler in (first, *others)}
+    by = {"ddpm": "", "ddim": " by DDIM"} | {
+        other: f" by {other}" for other in (first, *others) if other not in SCHEDULERS
+    }
     shows_images = kind == "seconds"
     header = ["method"]
     for stop in stops:

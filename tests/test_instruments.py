@@ -322,7 +322,7 @@ def test_the_race_of_flows_is_in_equal_time_and_in_equal_images(flow_race):
     folder = flow_race("--entrants", "uniform", "adaptive", "--max_train_seconds", "0.001", "--score_at", "1")
     table = (folder / "table.md").read_text()
     for heading in ("## Equal time", "## Equal images"):
-        assert "FD by SHIFT 3" in table.partition(heading)[2].partition("\n## ")[0]
+        assert "FD by shift 3" in table.partition(heading)[2].partition("\n## ")[0]
 
 
 def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
