@@ -49,6 +49,7 @@ DOCUMENTS = sorted(
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
 RACES = ("race_cifar10_16x16", "race_digits")  # the columns of the README's table
+FLOWS = ("flow_matching_cifar10_unet", "flow_matching_digits_dit")
 ABLATIONS = ("ablation_cifar10_16x16", "ablation_digits")
 COMPARISONS = ("race_first_cifar10_16x16", "race_first_digits", "comparison_cifar10_16x16", "comparison_digits")
 TEST_COMMAND = (
@@ -304,7 +305,7 @@ def recorded_tables(name):
     return [[line for line in table.splitlines() if line.startswith("| ")] for table in tables]
 
 
-@pytest.mark.parametrize("name", [*COMPARISONS, *RACES, *ABLATIONS])
+@pytest.mark.parametrize("name", [*COMPARISONS, *RACES, *FLOWS, *ABLATIONS])
 def test_the_tables_of_results_are_those_of_the_records(name):
     text = (REPOSITORY / "docs" / "results.md").read_text()
     for header, *rows in recorded_tables(name):
