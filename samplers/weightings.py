@@ -76,7 +76,7 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0) -> tor
     eq. 19), whatever the density of the draws.
 
     It is what training minimises by the loss of `flow` and the timestep sampler `logit_normal`: there log sigma is
-    drawn from N(m, s^2), here those draws are a weight. None is left without any signal.
+    drawn from N(m, s^2), here those draws are a weight. It is 0 where no signal is left.
     """
     distance = (schedule.sigma.log() - m) / s
     drawn = torch.exp(-(distance**2) / 2 + 2 * torch.log1p(schedule.sigma)).nan_to_num(0.0)  # of sigma = inf

@@ -22,7 +22,7 @@ class WienerFilter:
     or 1. In plain mean squares all count the same; at high noise most of them are errors in copying noise from x_t, at
     frequencies at which nothing is decided yet.
 
-    That is the square of what an error moves, r = 1: the strongest components count most, and faint ones hardly at all
+    With r = 1 it counts by the square of what it moves: strong components count most, and faint ones hardly at all
     before they are decided. Relative to the variance s_i^2 of what is there, r = 0, the faintest would count most. With
     r = 1/2, relative to the amplitude, g_i = s_i / (s_i^2 + sigma_t^2) at n = 1 is largest where s_i = sigma_t, at the
     components that are being decided.
@@ -40,8 +40,8 @@ class WienerFilter:
         spectrum: the data's `Spectrum`.
         plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen.
         exponent: n, positive: 2 for ancestral sampling, 1 for the ODE.
-        power: r, as in the weighting `spectral`: 1 for squares of what an error moves, 1/2 for these relative to the
-            amplitude s_i.
+        power: r in [0, 1], as in the weighting `spectral`: 1 for squares of what an error moves, 1/2 for these relative
+            to the amplitude s_i.
         device: of the errors.
     """
 
@@ -58,6 +58,8 @@ class WienerFilter:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         if not exponent > 0:
             raise ValueError(f"exponent must be positive, not {exponent}")
+        if not 0 <= power <= 1:
+            raise ValueError(f"power must be in [0, 1], not {power}")
         self._schedule, self._device, self.exponent, self.power = schedule, device, exponent, power
         self._make_tables(spectrum, plain_fraction)
 
@@ -113,7 +115,11 @@ class WienerFilter:
         for name, only in (("exponent", 2.0), ("power", 1.0)):  # an earlier version knew no other
             saved, own = state.get(name, only), getattr(self, name)
             if saved != own:
-                raise ValueError(f"cannot load this error filter state: its {name} is {saved}, not {own}")
+                raise ValueError(
+                    f"cannot load this error filter state: its {name} is {saved}, not {own}; to go on with that, give "
+                    "the `error_filter=` (--error_filter) that it was made by: wiener has the exponent 2, "
+                    "wiener_ode 1, wiener_amplitude 1 and the power 0.5"
+                )
         saved, own = (list(variances.shape) for variances in (state["variances"], self.spectrum.variances))
         if saved != own:
             raise ValueError(f"cannot load this error filter state: it is of images of {saved}, this filter of {own}")

@@ -172,6 +172,23 @@ def test_the_logit_normal_objective_is_the_velocitys_loss_by_sd3s_density_whatev
     torch.testing.assert_close(ours, expected, rtol=2e-2, atol=0)
 
 
+def test_the_logit_normal_objective_of_a_part_is_that_of_the_whole_and_without_any_signal_it_is_0():
+    whole, part = (
+        make_timestep_sampler(flow(), error_filter="none", min_timestep=low).loss_weights for low in (None, 875)
+    )
+    torch.testing.assert_close(part, whole[-len(part) :])
+    no_signal = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    c = make_timestep_sampler(no_signal, "ddpm", loss_weighting="logit_normal").loss_weights
+    assert c[-1] == 0
+    assert c[:-1].min() > 0
+
+
+def test_the_method_for_flows_needs_images_for_its_filter_alone():
+    with pytest.raises(ValueError, match="no `images`, of which error_filter 'wiener_amplitude' would be made"):
+        make_timestep_sampler(flow())
+    make_timestep_sampler(flow(), error_filter="none").sample(4)
+
+
 def test_by_default_a_flow_has_the_method_that_is_ours_for_flows():
     images = images_of(16)
     assert make_timestep_sampler(flow(), images=images).made_of["loss_weighting"] == "logit_normal"

@@ -154,6 +154,15 @@ def test_a_state_of_another_objective_is_refused_by_name(other, message):
     assert_same_state(state_bits(sampler), before)
 
 
+def test_a_filter_s_state_from_before_there_was_a_power_is_of_the_power_1():
+    spectrum = Spectrum.of(random_images())
+    state = WienerFilter(tables(), spectrum, exponent=1.0).state_dict()
+    del state["power"]
+    WienerFilter(tables(), spectrum, exponent=1.0).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"power is 1.0, not 0.5; .* `error_filter=` .*wiener_ode 1"):
+        WienerFilter(tables(), spectrum, exponent=1.0, power=0.5).load_state_dict(state)
+
+
 def test_a_filter_s_state_of_another_image_shape_is_refused():
     filters = [WienerFilter(tables(), Spectrum.of(images_of(16, size=size))) for size in (8, 16)]
     with pytest.raises(ValueError, match=r"of images of \[1, 8, 8\], this filter of \[1, 16, 16\]"):
