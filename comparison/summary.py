@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipelines import SCHEDULERS
-
 PLAIN = {"method": "ddpm"}  # speed-ups are over the entrant with these options, where it takes part
 UNITS = {"seconds": "s", "images": "images"}
+SAMPLED_BY = {"ddpm": "", "ddim": " by DDIM"}  # in a column's title; other ways have their own name there
 HEADINGS = {"seconds": "Equal time", "images": "Equal images"}
 Summary = dict[str, Any]
 
@@ -178,9 +177,7 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
     """The table of one ladder, best last score first; those of equal time say how many images a run had by then."""
     stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
     score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
-    by = {"ddpm": "", "ddim": " by DDIM"} | {
-        other: f" by {other}" for other in (first, *others) if other not in SCHEDULERS
-    }
+    by = {sampler: SAMPLED_BY.get(sampler, f" by {sampler}") for sampler in (first, *others)}
     shows_images = kind == "seconds"
     header = ["method"]
     for stop in stops:

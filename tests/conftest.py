@@ -103,6 +103,15 @@ def digits():
 
 
 @pytest.fixture(scope="session")
+def regnet():
+    """The folder of the small feature extractor."""
+    folder = SHARED / "metrics" / "cifar10-regnet"
+    if not folder.is_dir():
+        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def few_digits(digits, tmp_path_factory):
     """A file of the first 340 digits: not many more than a feature extractor with 320 features needs to tell them."""
     path = tmp_path_factory.mktemp("digits") / "digits.npz"

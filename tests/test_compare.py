@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import SHARED, TINY_UNET, fork_all_but_the_first
+from conftest import TINY_UNET, fork_all_but_the_first
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -306,11 +306,8 @@ def test_the_output_folder_is_required(capsys):
     assert "--output_dir is required" in str(exit.value.code)
 
 
-def test_two_entrants_for_real(few_digits, tmp_path, monkeypatch):
+def test_two_entrants_for_real(few_digits, regnet, tmp_path, monkeypatch):
     fork_all_but_the_first(comparison.runs, monkeypatch)
-    regnet = SHARED / "metrics" / "cifar10-regnet"
-    if not regnet.is_dir():
-        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
     (tmp_path / "race.yaml").write_text(f"""
 train:
   dataset_name: {few_digits}

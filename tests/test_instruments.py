@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED, TINY_UNET, fork_all_but_the_first
+from conftest import REPOSITORY, TINY_UNET, fork_all_but_the_first
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from tiny_networks import tiny_vae
 
@@ -123,10 +123,7 @@ def test_a_swapped_network_is_the_strong_one_in_its_segment_alone():
     assert [unet(None, torch.tensor([t])) for t in (9, 10, 19, 20)] == ["weak", "strong", "strong", "weak"]
 
 
-def test_the_swap_test_runs(pipelines, tmp_path):
-    regnet = SHARED / "metrics" / "cifar10-regnet"
-    if not regnet.is_dir():
-        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+def test_the_swap_test_runs(pipelines, regnet, tmp_path):
     weak, strong = pipelines
     options = swap_test.SwapOptions(
         weak=weak,

@@ -207,14 +207,12 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("refusal", LATE_REFUSALS)
-def test_what_is_refused_leaves_the_earlier_run_as_it_was(train, finished, tmp_path, refusal):
+def test_what_is_refused_leaves_the_earlier_run_as_it_was(train, finished, tmp_path, refusal, request):
     shutil.copytree(finished[0].folder, tmp_path / "run")
     before = snapshot(tmp_path / "run")
     flags = [str(flag).replace("{other}", str(finished[1].folder)) for flag in LATE_REFUSALS[refusal]]
     if "--eval_steps" in flags:
-        flags += ["--eval_feature_extractor", REPOSITORY.parent / "shared" / "metrics" / "cifar10-regnet"]
-        if not flags[-1].is_dir():
-            pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
+        flags += ["--eval_feature_extractor", request.getfixturevalue("regnet")]
     overwrite = [] if "--resume_from_checkpoint" in flags else ["--overwrite_output_dir"]
     run = train("run", *flags, *overwrite).wait(1)
     assert "Traceback" not in run.output

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ADAPTING, COMPILED_UNET, REPOSITORY, SHARED, TINY, TINY_UNET, forked
+from conftest import ADAPTING, COMPILED_UNET, REPOSITORY, TINY, TINY_UNET, forked
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -282,14 +282,6 @@ def test_time_budget_counts_training_alone(train):
 
 
 # The score during training
-
-
-@pytest.fixture
-def regnet():
-    folder = SHARED / "metrics" / "cifar10-regnet"
-    if not folder.is_dir():
-        pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
-    return folder
 
 
 def scores(folder):
