@@ -104,11 +104,11 @@ def digits():
 
 @pytest.fixture(scope="session")
 def regnet():
-    """The folder of the small feature extractor."""
+    """The folder of the small feature extractor, a RegNet trained on CIFAR-10; its features are 320."""
     folder = SHARED / "metrics" / "cifar10-regnet"
     if not folder.is_dir():
         pytest.skip("needs the feature extractor in ../shared/metrics/cifar10-regnet")
-    return folder
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_the_swap_test_runs(pipelines, regnet, tmp_path):
         boundaries=[0, 50, T],
         eval_num_images=330,
         eval_num_inference_steps=2,
-        eval_feature_extractor=str(regnet),
+        eval_feature_extractor=regnet,
     )
     swap_test.main(options)
     results = json.loads((tmp_path / "swap.json").read_text())

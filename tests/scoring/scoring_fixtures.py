@@ -6,21 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SHARED
 from scoring_helpers import save_pngs
 from torch_fidelity import FeatureExtractorInceptionV3
 
 import evaluate
 from images import open_images
-
-
-@pytest.fixture(scope="session")
-def regnet():
-    """A folder with a small RegNet trained on CIFAR-10; its features are 320."""
-    folder = SHARED / "metrics" / "cifar10-regnet"
-    if not folder.is_dir():
-        pytest.skip("needs a trained RegNet in ../shared/metrics/cifar10-regnet")
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
