@@ -2,7 +2,7 @@
 
     python compare.py --config configs/races/methods/digits.yaml
     python compare.py --methods ddpm min_snr p2 speed adaptive --seeds 0 1 2 --max_train_seconds 600 \\
-        --output_dir runs/comparison --config configs/cifar10.yaml --eval_num_images 10000
+        --output_dir runs/comparison --config configs/cifar10.yaml --lr_warmup_steps 500 --eval_num_images 10000
 
 Each run is one of train_adaptive_ddpm.py, to which all other flags go; `eval_*` say how it is scored. --variants
 names methods with other options of training, which take part as methods do. A run stops where it is to be scored: at

@@ -35,21 +35,20 @@ class ComparisonOptions:
         default_factory=JsonDict,
         metadata={"help": 'Methods with other options of training, JSON: {"NAME": {"method": ..., OPTION: ...}, ...}.'},
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Runs of each."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method has a run with each."})
     max_train_seconds: float | None = HfArg(default=None, help="Of training proper, for each run; default: no limit.")
     score_at: list[float] = field(
-        default_factory=lambda: [0.125, 0.25, 0.5, 1.0], metadata={"help": "Fractions of this time; the last is 1."}
+        default_factory=lambda: [0.125, 0.25, 0.5, 1.0],
+        metadata={"help": "Fractions of --max_train_seconds; the last is 1."},
     )
     score_at_images: list[int] = field(
         default_factory=list, metadata={"help": "Numbers of images trained on at which to score, too."}
     )
     score_samplers: list[str] = field(
         default_factory=lambda: ["ddpm"],
-        metadata={
-            "help": "ddpm, ddim: what draws the images scored; all but the first at the ladders' last stops alone."
-        },
+        metadata={"help": "ddpm, ddim: what draws the images scored; all but the first for the last scores alone."},
     )
-    stop_after: float | None = HfArg(default=None, help="Seconds after which to begin no slice of a run but the first.")
+    stop_after: float | None = HfArg(default=None, help="Seconds after which no run is gone on with but the first.")
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 
     def __post_init__(self):

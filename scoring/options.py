@@ -76,7 +76,7 @@ class FeatureOptions:
     feature_extractor_weights: str | None = HfArg(default=None, help="Inception's; default: downloaded once.")
     batch_size: int = HfArg(default=64, help="Images per forward pass.")
     device: str | None = HfArg(default=None, help="cpu, cuda or cuda:N; default: cuda if there is one.")
-    cache_dir: str | None = HfArg(default=None, help="Of reference features; default: torch-fidelity's.")
+    cache_dir: str | None = HfArg(default=None, help="Where reference features are kept; default: torch-fidelity's.")
 
 
 @dataclass
@@ -91,7 +91,7 @@ class MetricOptions:
     isc_splits: int = HfArg(default=10, help="Parts whose Inception Scores are averaged.")
     prc_neighborhood: int = HfArg(default=3, help="k: a ball reaches to the k-th nearest neighbour.")
     prc_batch_size: int = HfArg(default=10_000, help="Rows and columns of the distance matrix at a time.")
-    allow_few_images: bool = HfArg(default=False, help="A Fréchet distance from fewer images than features.")
+    allow_few_images: bool = HfArg(default=False, help="Allow a Fréchet distance from no more images than features.")
 
 
 @dataclass

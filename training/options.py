@@ -103,13 +103,13 @@ class ModelOptions:
     model: Literal[("unet", "dit", *PRESETS)] = HfArg(
         default="unet", help=f"A UNet2DModel, DDPM's; or a transformer; dit is {DEFAULT}."
     )
-    model_config_name_or_path: str | None = HfArg(default=None, help="A saved network's config, in place of that.")
+    model_config_name_or_path: str | None = HfArg(default=None, help="A saved network's config, in place of --model.")
     unet: JsonDict = field(default_factory=JsonDict, metadata={"help": "UNet2DModel settings, JSON; over the default."})
     dit: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "DiTTransformer2DModel settings, JSON; over the default."}
     )
     vae: str | None = HfArg(default=None, help="An AutoencoderKL's folder or Hub id: train in its latents.")
-    latents_dir: str | None = HfArg(default=None, help="Where these are kept, encoded once; default: a cache.")
+    latents_dir: str | None = HfArg(default=None, help="Where latents are kept; default: in the data sets' cache.")
     gradient_checkpointing: bool = HfArg(default=False, help="Less memory, for more time: the forward pass runs twice.")
     noise_scheduler: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
@@ -131,7 +131,7 @@ class ClassOptions:
     _argument_group_name = "Classes"
 
     class_conditional: bool = HfArg(default=False, help="Train on labels too, so that a class can be asked for.")
-    label_column: str | None = HfArg(default=None, help="Of the labels; default: the one of type ClassLabel.")
+    label_column: str | None = HfArg(default=None, help="The column of labels; default: the one of type ClassLabel.")
     class_dropout: float = HfArg(default=0.1, help="How often a label is withheld, which guidance needs.")
 
     @property
@@ -146,11 +146,11 @@ class MethodOptions:
 
     _argument_group_name = "Method"
 
-    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="The four below, by name.")
-    timestep_sampler: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
-    loss_weighting: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(LOSS_WEIGHTINGS)}.")
-    error_filter: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(ERROR_FILTERS)}.")
-    noise_coupling: str | None = HfArg(default=None, help=f"Over the method's: {', '.join(NOISE_COUPLINGS)}.")
+    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="A name for the four parts below.")
+    timestep_sampler: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
+    loss_weighting: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(LOSS_WEIGHTINGS)}.")
+    error_filter: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(ERROR_FILTERS)}.")
+    noise_coupling: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(NOISE_COUPLINGS)}.")
     timestep_sampler_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Keyword arguments of sampler and noise coupling, JSON."}
     )
