@@ -76,6 +76,7 @@ class TimestepSampler(DropIn):
     needs_data_variance: bool = False  # whether its class takes `data_variance`, of the images' pixels
     measures_model: bool = False  # whether `before_update` and `after_update` run the network, without gradients
     state_names: tuple[str, ...] = ()  # what a subclass learns, tensors and numbers: saved and restored
+    counts_of_batches: tuple[str, ...] = ("num_draws",)  # of the state, G for each update of the network
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class TimestepSampler(DropIn):
             raise ValueError(f"loss_weights must be [{T}], one for each timestep, not {list(self.loss_weights.shape)}")
         self.probabilities = self._table(torch.full((T,), 1 / T))
         self._generator = torch.Generator(self.device)
+        self._generator_state: Any = None  # of a caller's generator, at the first batch of an update
         self._drawn_weights: Any = None  # [T] w_t of the density of the latest draws
         self._epsilon_loss_scale = self._table(epsilon_loss_scale(schedule, prediction_type))
         self._schedule = schedule
@@ -150,12 +152,15 @@ class TimestepSampler(DropIn):
         Args:
             batch_size: B, of this process.
             generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
+                All batches of an update are drawn from the state that it had at the first.
             images: [B, C, H, W] in [-1, 1], that the timesteps are for; most samplers do not look at them.
         """
         rank, world_size = rank_and_world_size()
         update, part = divmod(self.num_draws, self.gradient_accumulation_steps)
         if generator is None:
             generator = self._generator.manual_seed(fold_seed(self.seed, update))
+        elif self.gradient_accumulation_steps > 1:
+            self._from_the_update_on(generator, part)
         if part == 0:
             self._begin_update(update)
         self.num_draws += 1
@@ -163,6 +168,13 @@ class TimestepSampler(DropIn):
         drawn = self._draw(batch_size * self.gradient_accumulation_steps * world_size, generator)
         order = self._random_order(len(drawn), generator)[rank::world_size]
         return self._batch_of(drawn[order[part * batch_size : (part + 1) * batch_size]])
+
+    def _from_the_update_on(self, generator, part):
+        """Bring a caller's generator back to where it was at the first of an update's batches."""
+        if part == 0:
+            self._generator_state = generator.get_state()
+        elif self._generator_state is not None:  # as it is of an update that a reloaded sampler is in the middle of
+            generator.set_state(self._generator_state)
 
     def _begin_update(self, update: int) -> None:
         """The draws of the network's update number `update` come next; for a density that is a schedule of these."""
@@ -299,7 +311,8 @@ class TimestepSampler(DropIn):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next draws and the objective depend on, and what the sampler is made of, by name."""
         state = {"version": STATE_VERSION} | self._kind() | self._parts()
-        for name in ("seed", "num_draws", "probabilities", "loss_weights", *self.state_names):
+        names = ("seed", "num_draws", "gradient_accumulation_steps", "probabilities", "loss_weights")
+        for name in (*names, *self.state_names):
             state[name] = getattr(self, name)
         if hasattr(self.error_filter, "state_dict"):
             state |= {FILTER_PREFIX + name: value for name, value in self.error_filter.state_dict().items()}
@@ -307,6 +320,7 @@ class TimestepSampler(DropIn):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the sampler that was saved would have, with its objective, whatever images this one was made from.
+        `gradient_accumulation_steps` may be others: it goes on with the next update of the network.
 
         A state of an earlier version may lack the objective: this sampler's own stays, which is logged as a warning if
         it was made from images. Its weights may have been of another scale, which is warned of too.
@@ -323,9 +337,14 @@ class TimestepSampler(DropIn):
                 "this timestep sampler state is of an earlier version, without the objective: loss weighting and error "
                 "filter are made anew from the images, and may differ from those of the run so far"
             )
+        own = self.gradient_accumulation_steps
+        saved = state.get("gradient_accumulation_steps", own)  # an earlier version did not save it
         for name in ("seed", "num_draws", *self.state_names):
             value = state[name]
+            if name in self.counts_of_batches and saved != own:  # an update that was begun is begun anew
+                value = value // saved * own
             setattr(self, name, value.to(self.device, copy=True) if torch.is_tensor(value) else value)
+        self._generator_state = None
         self._restore_density(state["probabilities"])
         self._weights = self._drawn_weights = self.weights
         # Noise goes in step with the draws; the rest of an update that was begun has independent noise

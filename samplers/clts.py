@@ -25,8 +25,11 @@ class CLTSSampler(TimestepSampler):
     Args:
         mu: the Gaussian's mean, as a fraction of T.
         sigma: its standard deviation, as a fraction of T.
-        num_updates: N, the updates until lambda = 1.
+        num_updates: N, the updates until lambda = 1, 1 or more.
         refresh_every: updates between two renewals of the density.
+
+    Raises:
+        ValueError: a sigma that is not positive, or no updates.
     """
 
     def __init__(
@@ -40,6 +43,11 @@ class CLTSSampler(TimestepSampler):
         refresh_every: int = 100,
         **options: Any,
     ) -> None:
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, not {sigma}")
+        for name, value in (("num_updates", num_updates), ("refresh_every", refresh_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         self.mu, self.sigma = mu, sigma
         self.num_updates, self.refresh_every = num_updates, refresh_every
         super().__init__(schedule, loss_weights, **options)

@@ -80,7 +80,7 @@ class KimSampler(TimestepSampler):
     ) -> None:
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
-        self.update_every, self.num_selected = update_every, num_selected
+        self.update_every, self.num_selected = update_every, min(num_selected, T)
         self.entropy_coef, self.learning_rate, self.max_grad_norm = entropy_coef, learning_rate, max_grad_norm
         self._vlb_scale = self._table(schedule.own(vlb_scale(schedule.whole)))
         self.channels: Any = None  # these three: of phi, which is flat, from the first images on
@@ -88,7 +88,7 @@ class KimSampler(TimestepSampler):
         self.moments: Any = None
         self.policy_steps = self.num_falls = self.updates = 0
         self.falls = torch.zeros(queue_length, T, device=self.device)
-        self.selected = torch.arange(num_selected, device=self.device)
+        self.selected = torch.arange(self.num_selected, device=self.device)
         self._drawn: Any = None  # these two: of the update that is being measured
         self._before: Any = None
 

@@ -26,6 +26,7 @@ class LossAwareSampler(TimestepSampler):
     """
 
     state_names: tuple[str, ...] = ("pending", "updates", "rank")
+    counts_of_batches: tuple[str, ...] = (*TimestepSampler.counts_of_batches, "updates")
 
     def __init__(
         self,

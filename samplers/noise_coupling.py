@@ -51,7 +51,7 @@ def immiscible(images: torch.Tensor, draw: DrawNoise, *, num_candidates: int = 4
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, not {num_candidates}")
     candidates = draw(torch.randn, len(images), num_candidates, *images.shape[1:])
-    distances = (images.unsqueeze(1) - candidates).float().flatten(2).norm(dim=2)
+    distances = (images.unsqueeze(1).float() - candidates.float()).flatten(2).norm(dim=2)
     return candidates[torch.arange(len(images), device=images.device), distances.argmin(1)]
 
 

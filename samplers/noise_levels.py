@@ -16,7 +16,7 @@ class NoiseLevelSampler(TimestepSampler):
     noise to signal, which means the same for any process: of EDM's it is sigma itself, and of a straight flow,
     x = (1 - s) x_0 + s eps, it is s / (1 - s), so that log sigma = logit(s).
 
-    A floor keeps every p_t positive; it is divided by the weight, because `edm` weighs the noisy end by up to 1e18.
+    A floor keeps every p_t positive; it is divided by the weight, because `edm` weighs the noisy end by 1e9 and more.
     The density changes the objective: w_t is the loss weighting alone.
 
     Args:

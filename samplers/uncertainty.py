@@ -69,7 +69,7 @@ class UncertaintySampler(LossAwareSampler, LogNormalSampler):
         phases = torch.rand(self.num_features, generator=generator, dtype=torch.float64)
         angles = 2 * math.pi * (log_sigma[:, None] / 4 * frequencies + phases)
         features = math.sqrt(2) * angles.cos() / math.sqrt(self.num_features)
-        self._features = features.to(self.device)  # [T, num_features] float64: c_t may span 18 decades
+        self._features = features.to(self.device)  # [T, num_features] float64: c_t may span 9 decades
         self.coefficients = torch.zeros(self.num_features, dtype=torch.float64, device=self.device)
         self.moments = torch.zeros(2, self.num_features, dtype=torch.float64, device=self.device)
         self.steps = 0

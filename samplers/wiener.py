@@ -123,4 +123,5 @@ class WienerFilter:
         saved, own = (list(variances.shape) for variances in (state["variances"], self.spectrum.variances))
         if saved != own:
             raise ValueError(f"cannot load this error filter state: it is of images of {saved}, this filter of {own}")
-        self._make_tables(Spectrum(state["axes"].clone(), state["variances"].clone()), state["plain_fraction"])
+        spectrum = Spectrum(*(state[name].cpu().clone() for name in Spectrum._fields))  # wherever it was loaded to
+        self._make_tables(spectrum, state["plain_fraction"])

@@ -147,3 +147,43 @@ def test_noise_goes_in_step_with_the_draws_after_a_state_of_half_an_update(calls
 def test_no_accumulation_is_refused_by_name():
     with pytest.raises(ValueError, match="gradient_accumulation_steps must be at least 1, not 0"):
         make_timestep_sampler(scheduler(), "adaptive", images=images_of(8), gradient_accumulation_steps=0)
+
+
+def losses_seen(sampler, num_updates):
+    """A sampler as it is after so many updates of the network."""
+    for _ in range(num_updates * sampler.gradient_accumulation_steps):
+        timesteps = sampler.sample(2).timesteps
+        sampler.update(timesteps, falling_loss(1000)[timesteps])
+    return sampler
+
+
+@every_sampler
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 3)])
+def test_reloaded_with_other_batches_for_each_update_it_counts_on_in_updates(name, before, after):
+    def made(steps):
+        options = {"clts": {"num_updates": 40, "refresh_every": 5}, "curriculum": {"num_updates": 15}}.get(name, {})
+        options |= {"images": images_of(16), "gradient_accumulation_steps": steps}
+        return make_timestep_sampler(scheduler(), timestep_sampler=name, **options)
+
+    saved, other = losses_seen(made(before), 16), made(after)
+    expected = torch.cat([saved.sample(12 // before).timesteps for _ in range(before)])
+    saved.load_state_dict(saved.state_dict() | {"num_draws": 16 * before})  # as if it had not drawn these
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other.probabilities, saved.probabilities)
+    if name != "kim":  # whose draws are independent, by batch
+        assert torch.equal(torch.cat([other.sample(12 // after).timesteps for _ in range(after)]), expected)
+    losses_seen(other, 4)
+    if hasattr(other, "network_updates"):
+        assert other.network_updates == 20
+
+
+@pytest.mark.parametrize("name", ["uniform", "speed", "log_normal", "adaptive"])
+def test_a_generator_of_the_users_own_draws_an_update_as_one_batch(name):
+    whole, parts = make_adapted(name), make_adapted(name, gradient_accumulation_steps=4)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    updates = []
+    for _ in range(2):
+        expected = whole.sample(16, generators[0]).timesteps
+        updates.append(torch.cat([parts.sample(4, generators[1]).timesteps for _ in range(4)]))
+        assert torch.equal(updates[-1], expected)
+    assert not torch.equal(*updates)

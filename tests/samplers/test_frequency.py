@@ -19,13 +19,14 @@ def by_its_own_steps(errors):
     weights = []
     for axis, n in enumerate(errors.shape[2:]):
         weight = -np.log2(np.linspace(0.5 / n, 0.5, n))
-        weights.append(weight[:, None] if axis == 0 else weight[None])
+        weights.append(weight.reshape([-1 if other == axis else 1 for other in range(errors.ndim - 2)]))
     weight = functools.reduce(np.minimum, weights)
-    squares = fft.dctn(errors, axes=(2, 3), norm="ortho") ** 2
-    return (squares * weight).mean((1, 2, 3)) / weight.mean()
+    spatial = tuple(range(2, errors.ndim))
+    squares = fft.dctn(errors, axes=spatial, norm="ortho") ** 2
+    return (squares * weight).mean((1, *spatial)) / weight.mean()
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 12), (4, 1, 5)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 12), (4, 1, 5), (2, 9), (3, 4, 6, 5)])
 def test_frequency_by_its_own_steps(shape):
     errors = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(frequency(errors, T), by_its_own_steps(errors.double().numpy()), rtol=1e-5)

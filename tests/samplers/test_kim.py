@@ -16,6 +16,7 @@ from sampler_helpers import (
     images_of,
     make_sampler,
     no_host_sync,
+    scheduler,
     state_bits,
     tables,
     total_variation,
@@ -24,6 +25,7 @@ from sampler_helpers import (
 from scipy import stats
 from sklearn.feature_selection import SelectKBest, f_regression
 
+from samplers import make_timestep_sampler
 from samplers.kim import best_predictors, beta_parameters, beta_table, vlb_scale
 
 
@@ -270,3 +272,13 @@ def test_kim_without_images_draws_from_the_mean_policy():
     assert total_variation(sampler.probabilities, uniform_density()) > 0.2
     statistic, dof = chi_square(draws(sampler, 64, 80), sampler.probabilities)
     assert statistic < dof + 5 * (2 * dof) ** 0.5
+
+
+def test_kim_selects_no_more_timesteps_than_there_are():
+    sampler = make_timestep_sampler(scheduler(), "kim", min_timestep=10, max_timestep=11)
+    for _ in range(3):
+        images = images_of(8)
+        sampler.sample(8, images=images)
+        sampler.before_update(images, lambda images, noise, timesteps: torch.ones(len(timesteps)))
+        sampler.after_update(lambda images, noise, timesteps: torch.full((len(timesteps),), 0.5))
+    assert sampler.policy_steps == 1

@@ -48,6 +48,14 @@ def test_immiscible_noise_is_the_nearest_of_four_to_its_image_or_of_as_many_as_t
         assert torch.equal(chosen, nearest)
 
 
+def test_immiscible_distances_are_in_float32():
+    """In bfloat16, 256 less noise of any size up to 1 is 256."""
+    noise = sampler_with("immiscible").noise(torch.full((32, 1, 8, 8), 256.0, dtype=torch.bfloat16), seeded())
+    candidates = torch.randn(32, 4, 1, 8, 8, generator=seeded(), dtype=torch.bfloat16)
+    nearest = (256 - candidates.double()).square().sum((2, 3, 4)).argmin(1)
+    assert torch.equal(noise, candidates[torch.arange(32), nearest])
+
+
 def test_immiscible_noise_leans_towards_its_image_and_the_others_do_not():
     images = digits(512)
     cosines = {}

@@ -49,6 +49,16 @@ def test_reloaded_it_goes_on_with_the_very_same_draws(name, steps, tmp_path):
         train(loaded, 15)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_that_was_loaded_to_a_gpu_is_taken(method, tmp_path):
+    torch.save(make_timestep_sampler(scheduler(), method, images=random_images()).state_dict(), tmp_path / "sampler.pt")
+    for device in ("cpu", "cuda"):
+        sampler = make_timestep_sampler(scheduler(), method, images=random_images(), device=device)
+        sampler.load_state_dict(torch.load(tmp_path / "sampler.pt", map_location="cuda"))
+        assert sampler.sample(8).timesteps.device.type == device
+
+
 @every_sampler
 def test_a_saved_state_is_a_snapshot(name):
     sampler = make_adapted(name)
@@ -177,7 +187,7 @@ def test_a_state_of_an_earlier_version_is_loaded_with_a_warning_where_images_mad
     saved = made()
     saved.sample(8)
     new = {"loss_weights", "loss_weighting", "image_shape", "error_filter", "noise_schedule", "prediction_type"}
-    new |= {"noise_coupling", "version", "timestep_range"}
+    new |= {"noise_coupling", "version", "timestep_range", "gradient_accumulation_steps"}
     state = {k: v for k, v in saved.state_dict().items() if k not in new and not k.startswith("error_filter.")}
     assert state.keys() == {"sampler", "num_train_timesteps", "seed", "num_draws", "probabilities", *saved.state_names}
     loaded = made()
