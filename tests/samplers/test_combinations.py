@@ -41,7 +41,7 @@ def combinations():
         yield name, weighting, *SCHEDULES_AND_LENGTHS[(i + j) % len(SCHEDULES_AND_LENGTHS)]
 
 
-@pytest.mark.parametrize(("name", "weighting", "schedule", "T"), combinations())
+@pytest.mark.parametrize(("name", "weighting", "schedule", "T"), list(combinations()))
 def test_a_combination_works_or_is_refused_by_name(name, weighting, schedule, T):
     culprits = set()
     if never_converges(schedule, T):
