@@ -1,6 +1,6 @@
 """Scores against time and images, and densities, of several methods."""
 
-from collections.abc import Iterable
+import math
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ matplotlib.use("agg")
 
 COLOURS = plt.get_cmap("tab20").colors
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+SHOWN = 10  # of more entrants, so many of the best are told apart, and these
+ALWAYS_SHOWN = ("adaptive", "adaptive_flow", "ddpm")
 LABELS = {"seconds": "seconds of training", "images": "images trained on"}
 
 
 def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
-    """Score against training time, against images, or both; a line an entrant, with the spread over seeds."""
+    """Score against training time, against images, or both; a line an entrant, with the spread over seeds. Of many, the
+    best are in colour."""
     kinds = list(next(iter(entrants.values()))["curves"])
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(2 + 5 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, kind in zip(axes.flat, kinds, strict=True):
-        for name, style in styles(entrants).items():
-            curve, label = entrants[name]["curves"][kind], name if kind == kinds[0] else None  # once in the legend
+        for name, (label, style) in looks(entrants).items():
+            curve, label = entrants[name]["curves"][kind], label if kind == kinds[0] else None  # once in the legend
             errors = [deviation or 0 for deviation in curve.spreads]
             axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
         axis.set(xlabel=LABELS[kind])
@@ -39,26 +42,39 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
     plt.close(figure)
 
 
-def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: how its lines look}, the same in all plots; our own methods stand out."""
-    black = {"color": "black", "linewidth": 2.5, "zorder": 3}
+def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """{name: (what the legend calls it, how its lines look)}, the same in all plots; our own methods stand out. Of many
+    entrants the best are told apart, by their last mean score, and the others are grey."""
+    black, grey = {"color": "black", "linewidth": 2.5, "zorder": 3}, {"color": "0.8", "linewidth": 1, "zorder": 1}
     ours = {"adaptive": black | {"linestyle": "-"}, "adaptive_flow": black | {"linestyle": "--"}}
-    return {name: ours.get(name, style) for name, style in zip(names, cycle(STYLES))}
+
+    def last_score(name):
+        return min((curve.means[-1] for curve in entrants[name]["curves"].values() if curve.means), default=math.inf)
+
+    ranked = sorted(entrants, key=last_score)
+    shown = {*ranked[:SHOWN], *ALWAYS_SHOWN} if len(ranked) > 2 * SHOWN else entrants
+    styles, found = iter(cycle(STYLES)), {}
+    for name in entrants:
+        if name in shown:
+            found[name] = name, ours.get(name) or next(styles)
+        else:
+            found[name] = None if any(look[1] is grey for look in found.values()) else "others", grey
+    return found
 
 
 def plot_densities(entrants: dict[str, Summary], path: Path) -> None:
     """p_t and the objective p_t * w_t of each entrant, early and late in the first run that logged them."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-    for name, style in styles(entrants).items():
+    for name, (label, style) in looks(entrants).items():
         run = next((run for run in entrants[name]["runs"] if "density" in run), None)
         for column, when in enumerate(("early", "late") if run else ()):
             density, weight = (run[kind][when] for kind in ("density", "weight"))
             objective = [p * w for p, w in zip(density, weight, strict=True)]
             positions = [(i + 0.5) / len(density) for i in range(len(density))]
             for row, table in enumerate((density, objective)):
-                label = name if (row, column) == (0, 0) else None  # once in the legend
                 relative = [value * len(table) / sum(table) for value in table]
-                axes[row, column].plot(positions, relative, label=label, **style)
+                once = label if (row, column) == (0, 0) else None
+                axes[row, column].plot(positions, relative, label=once, **style)
     for column, when in enumerate(("early", "late")):
         axes[0, column].set(title=f"density $p_t$, {when}", ylim=(0, None))
         axes[1, column].set(title=f"objective $p_t w_t$, {when}", xlabel="$t / T$", ylim=(0, 5))

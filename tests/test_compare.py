@@ -13,6 +13,7 @@ import compare
 import comparison.plots
 import comparison.runs
 from comparison.results import open_results
+from comparison.summary import Curve
 
 SECONDS, IMAGES = [1.0, 2.0, 4.0], [100, 400]
 
@@ -237,9 +238,18 @@ def look(line):
     return to_hex(line.get_color()), line.get_linestyle()
 
 
-def test_there_is_a_look_for_every_entrant_of_a_race():
-    styles = comparison.plots.styles([f"entrant {i}" for i in range(60)])
-    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == 60
+def test_of_many_entrants_the_best_and_our_own_are_told_apart():
+    names = [*(f"entrant {i}" for i in range(40)), "adaptive", "ddpm", "failed"]
+    curves = [Curve([1.0], [float(i)], [None], [(1, 1)], {}) for i in range(42)] + [Curve([], [], [], [], {})]
+    entrants = {name: {"curves": {"seconds": curve}} for name, curve in zip(names, curves, strict=True)}
+    looks = comparison.plots.looks(entrants)
+    labels = [label for label, _ in looks.values() if label]
+    assert labels == [*(f"entrant {i}" for i in range(10)), "others", "adaptive", "ddpm"]
+    told_apart = [style for label, style in looks.values() if label not in (None, "others")]
+    assert len({(style["color"], style["linestyle"]) for style in told_apart}) == 12
+    assert {style["color"] for label, style in looks.values() if not label} == {looks["entrant 10"][1]["color"]}
+    few = dict(list(entrants.items())[:20])
+    assert [label for label, _ in comparison.plots.looks(few).values()] == list(few)
 
 
 @pytest.mark.parametrize(
