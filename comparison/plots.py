@@ -53,13 +53,12 @@ def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str,
 
     ranked = sorted(entrants, key=last_score)
     shown = {*ranked[:SHOWN], *ALWAYS_SHOWN} if len(ranked) > 2 * SHOWN else entrants
-    styles, found = iter(cycle(STYLES)), {}
-    for name in entrants:
-        if name in shown:
-            found[name] = name, ours.get(name) or next(styles)
-        else:
-            found[name] = None if any(look[1] is grey for look in found.values()) else "others", grey
-    return found
+    others = [name for name in entrants if name not in shown]
+    labels = dict.fromkeys(others) | dict.fromkeys(others[:1], "others")  # once in the legend
+    styles = iter(cycle(STYLES))
+    return {
+        name: (labels[name], grey) if name in labels else (name, ours.get(name) or next(styles)) for name in entrants
+    }
 
 
 def plot_densities(entrants: dict[str, Summary], path: Path) -> None:
