@@ -87,6 +87,7 @@ LOSS_WEIGHTINGS: dict[str, Callable[..., torch.Tensor]] = {
         "edm",
         "flow",
         "logit_normal",
+        "scaled_logit_normal",
         "cosmap",
         "bell",
         "spectral",
@@ -118,7 +119,7 @@ PARTS = {
 
 FROM_IMAGES = {  # the parts that are made from the data's spectrum, or its variance
     "timestep_sampler": {name for name, kind in TIMESTEP_SAMPLERS.items() if kind.needs_data_variance},
-    "loss_weighting": {"spectral", "spectral_ode", "spectral_both"},
+    "loss_weighting": {"scaled_logit_normal", "spectral", "spectral_ode", "spectral_both"},
     "error_filter": {"wiener", "wiener_ode", "wiener_amplitude"},
     "noise_coupling": set(),
 }
@@ -165,7 +166,7 @@ METHODS = {  # as published
     "kim": Method("kim"),
     "immiscible": Method("uniform", noise_coupling="immiscible"),
     "adaptive_flow": Method("adaptive", "logit_normal", "wiener_amplitude", "antithetic"),
-    "adaptive": Method("adaptive", "spectral_both", "wiener_ode", "antithetic"),
+    "adaptive": Method("adaptive", "scaled_logit_normal", "wiener_ode", "antithetic"),
 }
 
 __all__ = [

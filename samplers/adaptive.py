@@ -15,14 +15,15 @@ from .schedule import NoiseSchedule
 class AdaptiveSampler(LossAwareSampler):
     """p_t ∝ c_t * sqrt(s_t E[l_t]), w_t = c_t / (T * p_t): variance-optimal importance sampling.
 
-    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: for the method `adaptive` `spectral_both`,
-    with l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same expected gradient. The variance
-    of independent draws is sum_t c_t^2 G_t / (T^2 p_t), less a constant, with G_t the second moment of one example's
-    gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the network's output stands in for the whole
-    one's (Katharopoulos & Fleuret 2018, arXiv 1803.00942, bound it by the last layer's). l_t = s_t |d|^2 is a squared
-    error d of the output, with s_t the `epsilon_loss_scale` of what the network predicts (1 of eps); its gradient
-    there, 2 s_t d, has a squared norm ∝ s_t l_t (behind a filter nearly so: its exact sum, of v_i^2 |e_i|^2, trained no
-    better). So sqrt(s_t E[l_t]) is sqrt(G_t) up to a factor - the mean loss, not IDDPM's mean squared loss.
+    Training minimises J = sum_t c_t E[l_t], where c_t is the loss weighting: for the method `adaptive`
+    `scaled_logit_normal`, with l_t behind a `WienerFilter`. Any density with w_t = c_t / (T p_t) has the same
+    expected gradient. The variance of independent draws is sum_t c_t^2 G_t / (T^2 p_t), less a constant, with G_t
+    the second moment of one example's gradient at t, and is least at p_t ∝ c_t sqrt(G_t). The gradient at the
+    network's output stands in for the whole one's (Katharopoulos & Fleuret 2018, arXiv 1803.00942, bound it by the
+    last layer's). l_t = s_t |d|^2 is a squared error d of the output, with s_t the `epsilon_loss_scale` of what the
+    network predicts (1 of eps); its gradient there, 2 s_t d, has a squared norm ∝ s_t l_t (behind a filter nearly
+    so: its exact sum, of v_i^2 |e_i|^2, trained no better). So sqrt(s_t E[l_t]) is sqrt(G_t) up to a factor - the
+    mean loss, not IDDPM's mean squared loss.
 
     E[l_t] is a running mean over the last part of the run, whatever its length, since losses fall like a power of
     time: sums and counts that decay with the number of draws, but over a draw a timestep at the least. At t the mean is

@@ -70,6 +70,13 @@ class Spectrum(NamedTuple):
         axes = torch.linalg.eigh(covariance).eigenvectors.T
         return cls(axes, total(lambda some: component_powers(some, axes).sum(0)) / (N - 1))
 
+    @property
+    def flatness(self) -> float:
+        """The geometric over the arithmetic mean of s_i^2, in [0, 1]: 1 of white data. "Spectral flatness", or Wiener
+        entropy; 0.02 of CIFAR-10 at 16x16, 0.65 of the digits."""
+        variances = self.variances.clamp_min(1e-12)
+        return float(variances.log().mean().exp() / variances.mean())
+
 
 def component_powers(
     images: torch.Tensor, axes: torch.Tensor, transform: Callable[..., torch.Tensor] = torch.fft.fftn

@@ -1,6 +1,6 @@
 """Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2, filtered or not.
 
-Each function takes a `NoiseSchedule`, those named `spectral` the data's spectrum too, and returns [T] float64. A
+Each function takes a `NoiseSchedule`, some the variances of the data's spectrum too, and returns [T] float64. A
 weighting is an objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the
 loss that `epsilon_loss_scale` converts.
 """
@@ -71,16 +71,30 @@ def flow(schedule: NoiseSchedule) -> torch.Tensor:
     return (1 + schedule.sigma) ** 2
 
 
-def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0) -> torch.Tensor:
-    """c_t ∝ exp(-(log sigma_t - m)^2 / (2 s^2)) (1 + sigma_t)^2 dlog(sigma_t)/dt: SD3's objective (arXiv 2403.03206,
-    eq. 19), whatever the density of the draws.
+def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_data: float = 1.0) -> torch.Tensor:
+    """c_t ∝ exp(-(log r_t - m)^2 / (2 s^2)) (1 + r_t)^2 dlog(sigma_t)/dt, r_t = sigma_t / sigma_data: SD3's objective
+    (arXiv 2403.03206, eq. 19), whatever the density of the draws.
 
-    It is what training minimises by the loss of `flow` and the timestep sampler `logit_normal`: there log sigma is
-    drawn from N(m, s^2), here those draws are a weight. It is 0 where no signal is left.
+    It is what training minimises by the loss of `flow` and the timestep sampler `logit_normal`, of data divided by
+    sigma_data: there log r is drawn from N(m, s^2), here those draws are a weight. It is 0 where no signal is left.
     """
-    distance = (schedule.sigma.log() - m) / s
-    drawn = torch.exp(-(distance**2) / 2 + 2 * torch.log1p(schedule.sigma)).nan_to_num(0.0)  # of sigma = inf
+    relative = schedule.sigma / sigma_data
+    distance = (relative.log() - m) / s
+    drawn = torch.exp(-(distance**2) / 2 + 2 * torch.log1p(relative)).nan_to_num(0.0)  # of sigma = inf
     return drawn * schedule.log_sigma_slope
+
+
+def scaled_logit_normal(schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7) -> torch.Tensor:
+    """`logit_normal` about the noise level at which noise is as strong as the data: sigma_data^2 is their variance.
+
+    SD3's objective is for latents of variance 1; pixels in [-1, 1] have about a quarter of that. What a noise level
+    counts depends on its ratio to the data alone, on no schedule and on no resolution.
+
+    Args:
+        variances: [K] s_i^2, of a `Spectrum`.
+        s: the width, of which 1 is SD3's; narrower ones train faster at first.
+    """
+    return logit_normal(schedule, s=s, sigma_data=float(variances.mean().sqrt()))
 
 
 def cosmap(schedule: NoiseSchedule) -> torch.Tensor:

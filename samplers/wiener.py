@@ -38,7 +38,9 @@ class WienerFilter:
     Args:
         schedule: the `NoiseSchedule`.
         spectrum: the data's `Spectrum`.
-        plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen.
+        plain_fraction: f in (0, 1], of the plain mean square: images are not Gaussian, and no error may grow unseen. By
+            default 0.1 + 0.9 F, with F the `flatness` of the spectrum: where components differ little in strength,
+            none is so faint that its errors would not be seen.
         exponent: n, positive: 2 for ancestral sampling, 1 for the ODE.
         power: r in [0, 1], as in the weighting `spectral`: 1 for squares of what an error moves, 1/2 for these relative
             to the amplitude s_i.
@@ -49,11 +51,13 @@ class WienerFilter:
         self,
         schedule: NoiseSchedule,
         spectrum: Spectrum,
-        plain_fraction: float = 0.1,
+        plain_fraction: float | None = None,
         exponent: float = 2.0,
         power: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
+        if plain_fraction is None:
+            plain_fraction = 0.1 + 0.9 * spectrum.flatness
         if not 0 < plain_fraction <= 1:
             raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
         if not exponent > 0:

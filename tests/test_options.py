@@ -290,7 +290,7 @@ def test_fewer_timesteps_need_no_other_flags():
 def test_methods_name_published_parts():
     assert resolve_method("speed") == ("speed", "change_aware", "none", "independent")
     assert resolve_method("p2", timestep_sampler="adaptive") == ("adaptive", "p2", "none", "independent")
-    assert resolve_method("adaptive", error_filter="none") == ("adaptive", "spectral_both", "none", "antithetic")
+    assert resolve_method("adaptive", error_filter="none") == ("adaptive", "scaled_logit_normal", "none", "antithetic")
 
 
 def test_flags_are_those_of_diffusers():

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from images import open_images
-from samplers import LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS, NoiseSchedule, Spectrum, make_timestep_sampler
+from samplers import FROM_IMAGES, LOSS_WEIGHTINGS, TIMESTEP_SAMPLERS, NoiseSchedule, Spectrum, make_timestep_sampler
 
 torch.set_num_threads(1)  # the tensors are small: threads only wait for each other
 T = 1000
@@ -106,7 +106,7 @@ def images_of(batch_size, seed=0, channels=1, size=8):
 
 
 def weighting_table(name, schedule):
-    data = [Spectrum.of(random_images()).variances.flatten()] if name.startswith("spectral") else []
+    data = [Spectrum.of(random_images()).variances.flatten()] if name in FROM_IMAGES["loss_weighting"] else []
     return LOSS_WEIGHTINGS[name](schedule, *data)
 
 

@@ -172,6 +172,16 @@ def test_the_logit_normal_objective_is_the_velocitys_loss_by_sd3s_density_whatev
     torch.testing.assert_close(ours, expected, rtol=2e-2, atol=0)
 
 
+def test_the_objective_about_the_datas_variance_is_sd3s_of_data_divided_by_their_deviation():
+    variances = torch.tensor([1.7, 0.5, 0.05, 0.01], dtype=torch.float64)
+    schedule, s = tables(), 0.7
+    relative = schedule.sigma / variances.mean().sqrt()
+    divided = NoiseSchedule(1 / (1 + relative**2))
+    ours, expected = weightings.scaled_logit_normal(schedule, variances, s), weightings.logit_normal(divided, s=s)
+    torch.testing.assert_close(ours, expected)
+    assert ours.argmax() != weightings.logit_normal(schedule, s=s).argmax()
+
+
 def test_the_logit_normal_objective_of_a_part_is_that_of_the_whole_and_without_any_signal_it_is_0():
     whole, part = (
         make_timestep_sampler(flow(), error_filter="none", min_timestep=low).loss_weights for low in (None, 875)
@@ -192,7 +202,7 @@ def test_the_method_for_flows_needs_images_for_its_filter_alone():
 def test_by_default_a_flow_has_the_method_that_is_ours_for_flows():
     images = images_of(16)
     assert make_timestep_sampler(flow(), images=images).made_of["loss_weighting"] == "logit_normal"
-    assert make_timestep_sampler(DDPMScheduler(), images=images).made_of["loss_weighting"] == "spectral_both"
+    assert make_timestep_sampler(DDPMScheduler(), images=images).made_of["loss_weighting"] == "scaled_logit_normal"
 
 
 def test_on_the_velocitys_own_loss_the_objective_for_the_ode_is_a_bell_over_the_flows_time():

@@ -37,12 +37,22 @@ def test_variances_add_up_to_the_images_variance_whatever_the_batching():
     assert float(variances.min()) >= 0
 
 
+def test_flatness_is_1_of_white_data_and_falls_as_the_variances_part():
+    """Of 0.1 and 0.9 in equal numbers: sqrt(0.1 * 0.9) / 0.5 = 0.6."""
+    axes = torch.eye(1, dtype=torch.float64)
+    for variances, flatness in (([0.3, 0.3], 1.0), ([0.1, 0.9], 0.6), ([0.0, 1.0], 2e-6)):
+        spectrum = Spectrum(axes, torch.tensor(variances, dtype=torch.float64).view(1, 1, 2))
+        assert spectrum.flatness == pytest.approx(flatness)
+    white = torch.randn(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert Spectrum.of(white).flatness == pytest.approx(1.0, abs=1e-2)
+
+
 @pytest.mark.parametrize(
     "images", [torch.zeros(1, 1, 8, 8), torch.ones(16, 3, 8, 8), torch.full((4, 1, 8, 8), float("nan"))]
 )
 def test_images_that_do_not_vary_are_refused_with_the_parts_that_need_them(images):
     for method, parts in {
-        "adaptive": "loss_weighting 'spectral_both' and error_filter 'wiener_ode'",
+        "adaptive": "loss_weighting 'scaled_logit_normal' and error_filter 'wiener_ode'",
         "info_noise": "timestep_sampler 'info_noise'",
     }.items():
         with pytest.raises(ValueError, match=f"do not vary.*`images` are for {parts}: others need none"):
@@ -52,7 +62,10 @@ def test_images_that_do_not_vary_are_refused_with_the_parts_that_need_them(image
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (None, "no `images`, of which loss_weighting 'spectral_both' and error_filter 'wiener_ode' would be made"),
+        (
+            None,
+            "no `images`, of which loss_weighting 'scaled_logit_normal' and error_filter 'wiener_ode' would be made",
+        ),
         (torch.zeros(512, 64), r"\[N, C, H, W\].*not \[512, 64\]"),
         ((torch.zeros(16, 1, 8, 8), torch.zeros(16)), "not a tuple: .* give the images alone"),
         ([torch.zeros(16, 1, 8, 8), torch.zeros(16)], "not a list: .* give the images alone"),

@@ -144,7 +144,7 @@ def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
     [
         (
             {"loss_weighting": "bell"},
-            r"its loss_weighting is spectral_both, not bell; .* give `loss_weighting=` \(--loss_weighting\)",
+            r"its loss_weighting is scaled_logit_normal, not bell; .* give `loss_weighting=` \(--loss_weighting\)",
         ),
         ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares; .* give `error_filter=`"),
         ({"noise_coupling": "immiscible"}, "its noise_coupling is antithetic, not immiscible; .* `noise_coupling=`"),

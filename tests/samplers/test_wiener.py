@@ -85,6 +85,16 @@ def test_a_plain_fraction_of_one_and_white_data_are_plain_mean_squares():
     torch.testing.assert_close(WienerFilter(tables(), white)(errors, t), plain)
 
 
+def test_the_flatter_the_spectrum_the_more_of_the_loss_is_plain_mean_squares():
+    """f = 0.1 + 0.9 F: of data between white noise and images, as much of either loss."""
+    errors, t = torch.randn(64, 3, 8, 8), torch.arange(0, 960, 15)
+    for images in (smooth_images(), smooth_images() + torch.randn(256, 3, 8, 8)):
+        flatness = Spectrum.of(images).flatness
+        filtered = wiener(images, plain_fraction=1e-12)(errors, t)
+        expected = (0.1 + 0.9 * flatness) * mean_squares(errors) + 0.9 * (1 - flatness) * filtered
+        torch.testing.assert_close(wiener(images)(errors, t), expected)
+
+
 @pytest.mark.parametrize("size", [7, 8])  # with an odd width, no frequency but 0 is its own opposite
 def test_no_noise_is_plain_mean_squares_and_no_signal_has_finite_weights(size):
     spectrum = Spectrum.of(smooth_images(size=size))
@@ -122,7 +132,7 @@ def test_relative_to_amplitudes_the_components_that_are_being_decided_count_most
     variances = (variances + variances.flip(1, 2).roll((1, 1), (1, 2))) / 2  # alike at opposite frequencies
     variances[0, 0, 0] = 0.0
     spectrum = Spectrum(torch.eye(1, dtype=torch.float64), variances)
-    loss = WienerFilter(tables(), spectrum, exponent=1.0, power=0.5)
+    loss = WienerFilter(tables(), spectrum, plain_fraction=0.1, exponent=1.0, power=0.5)
     for t in (100, 300, 600):
         counts = {
             (i, j): float(loss(waves(spectrum, 0, (i, j)).float(), torch.tensor([t])))
