@@ -47,7 +47,6 @@ def all_entrants(num_updates: int, class_conditional: bool) -> dict[str, Entrant
         "curriculum": Entrant({"method": "curriculum", "num_updates": first_phase, **as_published}),
         "immiscible": Entrant({"method": "immiscible", "loss_weighting": "flow", **as_published}),
         "adaptive": Entrant({"method": "adaptive"}),
-        "adaptive_flow": Entrant({"method": "adaptive_flow"}),
     }
     return entrants | ({"contrastive": Entrant(contrast=0.05)} if class_conditional else {})
 

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import open_images
-from samplers import NoiseSchedule, Spectrum, checked_weights, make_timestep_sampler
+from samplers import NoiseSchedule, Spectrum, checked_weights, make_timestep_sampler, weightings
 from samplers.spectrum import relative_gains
 
 matplotlib.use("agg")
@@ -86,19 +86,15 @@ def by_ring(values, rings):
 
 
 def draw_weighting(schedule, spectrum):
-    """`spectral` of three data sets; and of the digits, what is made of it for both ways of sampling. Means are 1."""
+    """`scaled_logit_normal` for data of two deviations; and of the digits, the objectives that sampling gives. Means
+    are 1."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
-    left.plot(checked_weights("spectral", schedule, spectrum), label="digits, 8×8", color="tab:blue")
-    for name, color in (("16x16", "tab:orange"), ("32x32", "tab:red")):
-        run = read(f"comparison_cifar10_{name}/results.json")["runs"]["adaptive-seed0"]
-        density, weight = (torch.tensor(run[table]["late"]) for table in ("density", "weight"))
-        objective = density * weight / (density * weight).mean()  # p_t w_t = c_t / T, whatever p_t is
-        middles = (torch.arange(len(objective)) + 0.5) * schedule.num_train_timesteps / len(objective)
-        left.plot(middles, objective, label=f"CIFAR-10, {name.replace('x', '×')} (20 bins)", color=color)
-    left.set_title("loss weighting `spectral`: what a timestep counts")
+    for deviation, label in ((0.5, "0.5: pixels"), (1.0, "1: latents")):
+        weights = weightings.scaled_logit_normal(schedule, torch.tensor([deviation**2]))
+        left.plot(weights / weights.mean(), label=rf"$\sigma_{{data}}$ = {label}")
+    left.set_title("loss weighting `scaled_logit_normal`")
     for name, style in (("spectral", "--"), ("spectral_ode", ":"), ("spectral_both", "-")):
-        weights = checked_weights(name, schedule, spectrum)
-        right.plot(weights, style, label=f"`{name}`", color="black" if name == "spectral_both" else "tab:blue")
+        right.plot(checked_weights(name, schedule, spectrum), style, label=f"`{name}`", color="tab:blue")
     right.set_title("on the digits, by the way of sampling")
     for axis in (left, right):
         axis.axhline(1, color="grey", linestyle="--", linewidth=1, label="DDPM")
@@ -113,7 +109,7 @@ def draw_density(schedule, spectrum):
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     probe = read("gradient_probe_digits.json")
     t = torch.tensor(probe["timesteps"])
-    c = checked_weights("spectral", schedule, spectrum)[t]
+    c = checked_weights("scaled_logit_normal", schedule, spectrum)[t]
     measured = c * torch.tensor(probe["metrics"]["adam"]["second_moment"]).sqrt()
     proxy = c * torch.tensor(probe["loss"]).sqrt()
     axis.plot(t, measured / measured.mean(), "o-", color="black", label=r"least variance: $c_t\sqrt{G_t}$, measured")

@@ -165,7 +165,6 @@ METHODS = {  # as published
     "info_noise": Method("info_noise", "edm"),
     "kim": Method("kim"),
     "immiscible": Method("uniform", noise_coupling="immiscible"),
-    "adaptive_flow": Method("adaptive", "logit_normal", "wiener_amplitude", "antithetic"),
     "adaptive": Method("adaptive", "scaled_logit_normal", "wiener_ode", "antithetic"),
 }
 
@@ -215,7 +214,7 @@ __all__ = [
 
 def make_timestep_sampler(
     noise_scheduler: object,
-    method: str | None = None,
+    method: str = "adaptive",
     *,
     images: torch.Tensor | None = None,
     prediction_type: str | None = None,
@@ -232,7 +231,7 @@ def make_timestep_sampler(
         noise_scheduler: a diffusers scheduler, or any object with `alphas_cumprod`, or with the `sigmas` of a straight
             flow; or a `NoiseSchedule`, which says nothing of the network: give `prediction_type` too, unless it
             predicts eps (or the velocity of a flow).
-        method: a key of `METHODS`; by default `adaptive`, or for the schedule of a flow `adaptive_flow`.
+        method: a key of `METHODS`.
         images: [N, C, H, W] as the network sees them (in [-1, 1], or latents), a random sample of the training data, a
             batch or more; needed by the parts in `FROM_IMAGES`, which ours and `info_noise` have.
         prediction_type: of the network, "epsilon", "v_prediction", "sample" or "flow"; by default what the noise
@@ -254,8 +253,6 @@ def make_timestep_sampler(
     config = getattr(noise_scheduler, "config", None)
     if not isinstance(noise_scheduler, NoiseSchedule):
         noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
-    if method is None:
-        method = "adaptive_flow" if noise_scheduler.noisiest_first else "adaptive"
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if prediction_type is None:
         read = config.get if isinstance(config, Mapping) else partial(getattr, config)

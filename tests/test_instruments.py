@@ -323,7 +323,7 @@ def test_the_race_of_flows_is_in_equal_time_and_in_equal_images(flow_race):
 
 
 def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
-    names = ("uniform", "shift_3", "adaptive_flow", "contrastive")
+    names = ("uniform", "shift_3", "adaptive", "contrastive")
     folder = flow_race("--entrants", *names, "--stop_after", "1e-9")
     assert [path.name for path in folder.iterdir()] == ["uniform-seed7.json"]
     first = (folder / "uniform-seed7.json").read_text()
@@ -336,7 +336,7 @@ def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
         assert [sorted(score["scores"]) for score in run["scores"]] == [["own schedule"], ["own schedule", "shift 3"]]
     last = results["runs"]["shift_3-seed7"]["scores"][-1]["scores"]
     assert last["own schedule"] == last["shift 3"]
-    assert "| `adaptive_flow` |" in (folder / "table.md").read_text()
+    assert "| `adaptive` |" in (folder / "table.md").read_text()
     assert (folder / "scores.png").stat().st_size > 1000
 
 
@@ -382,7 +382,7 @@ def test_the_losses_of_the_race_are_those_of_the_velocity():
     """Of a network that predicts zero: the mean square of eps - x_0, by whichever lines, but for how it is weighed."""
     scheduler, images = FlowMatchEulerDiscreteScheduler(), torch.full((20_000, 1, 2, 2), 0.5)
     zero = lambda x, timesteps, class_labels: SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731
-    expected = {"contrastive": 0.95 * 1.25, "cosmap": 1.25, "immiscible": None, "adaptive": None, "adaptive_flow": None}
+    expected = {"contrastive": 0.95 * 1.25, "cosmap": 1.25, "immiscible": None, "adaptive": None}
     for name, entrant in flow_entrants.all_entrants(10, class_conditional=True).items():
         torch.manual_seed(0)
         spectrum = torch.randn(64, 1, 2, 2)

@@ -184,7 +184,8 @@ def test_the_objective_about_the_datas_variance_is_sd3s_of_data_divided_by_their
 
 def test_the_logit_normal_objective_of_a_part_is_that_of_the_whole_and_without_any_signal_it_is_0():
     whole, part = (
-        make_timestep_sampler(flow(), error_filter="none", min_timestep=low).loss_weights for low in (None, 875)
+        make_timestep_sampler(flow(), "ddpm", loss_weighting="logit_normal", min_timestep=low).loss_weights
+        for low in (None, 875)
     )
     torch.testing.assert_close(part, whole[-len(part) :])
     no_signal = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
@@ -193,16 +194,21 @@ def test_the_logit_normal_objective_of_a_part_is_that_of_the_whole_and_without_a
     assert c[:-1].min() > 0
 
 
-def test_the_method_for_flows_needs_images_for_its_filter_alone():
-    with pytest.raises(ValueError, match="no `images`, of which error_filter 'wiener_amplitude' would be made"):
+def test_without_the_parts_that_are_made_from_images_a_flow_needs_none():
+    with pytest.raises(ValueError, match="no `images`, of which loss_weighting 'scaled_logit_normal' and error_filter"):
         make_timestep_sampler(flow())
-    make_timestep_sampler(flow(), error_filter="none").sample(4)
+    make_timestep_sampler(flow(), loss_weighting="logit_normal", error_filter="none").sample(4)
 
 
-def test_by_default_a_flow_has_the_method_that_is_ours_for_flows():
-    images = images_of(16)
-    assert make_timestep_sampler(flow(), images=images).made_of["loss_weighting"] == "logit_normal"
-    assert make_timestep_sampler(DDPMScheduler(), images=images).made_of["loss_weighting"] == "scaled_logit_normal"
+def test_a_noise_level_counts_the_same_along_a_flow_as_in_ddpms_process():
+    """Per unit of log sigma, whatever the tables."""
+    levels, variances = np.linspace(-2, 2, 9), torch.tensor([0.5, 0.1], dtype=torch.float64)
+    counts = [
+        np.interp(levels, schedule.sigma.log(), weightings.scaled_logit_normal(schedule, variances) / slope)
+        for schedule in (NoiseSchedule.from_scheduler(DDPMScheduler()), tables(), tables(shift=3.0))
+        for slope in [schedule.log_sigma_slope]
+    ]
+    np.testing.assert_allclose(counts[1:], counts[:1] * 2, rtol=0.01)
 
 
 def test_on_the_velocitys_own_loss_the_objective_for_the_ode_is_a_bell_over_the_flows_time():
