@@ -5,7 +5,8 @@
         --max_train_seconds 100 --score_at_images 51200
 
 It is a small loop (`loss_of` in flow_entrants.py), with this package as a user of it has it, and with the rivals' own
-code where diffusers has it. Network, data and optimiser are a recipe's; the network predicts the velocity, eps - x_0.
+code where diffusers has it. Network, data and optimiser are a recipe's; the network predicts the velocity, eps - x_0,
+whatever the recipe has for DDPM's process.
 Its averaged weights are sampled by 50 steps of Euler's method: by the schedule that the run trained with ("own
 schedule": all but shift_3 have the one without a shift), and at the end of each ladder by that of shift 3, too. Classes
 are asked for equally often, and without guidance; in training none is withheld.
@@ -62,7 +63,7 @@ SAMPLERS = {OWN: None, "shift 3": 3.0}  # the shift of the schedule; None for th
 NOT_OURS = (
     *(option.name for group in (MethodOptions, LogOptions, ValidationOptions, HubOptions) for option in fields(group)),
     *("seed", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "num_epochs"),
-    *("vae", "latents_dir", "noise_scheduler", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule"),
+    *("vae", "latents_dir", "noise_scheduler", "ddpm_num_steps", "ddpm_beta_schedule"),
     *("on_bad_image", "class_dropout", "gradient_accumulation_steps", "mixed_precision", "compile", "use_ema"),
 )
 
