@@ -177,8 +177,10 @@ def test_the_objective_about_the_datas_variance_is_sd3s_of_data_divided_by_their
     schedule, s = tables(), 0.7
     relative = schedule.sigma / variances.mean().sqrt()
     divided = NoiseSchedule(1 / (1 + relative**2))
-    ours, expected = weightings.scaled_logit_normal(schedule, variances, s), weightings.logit_normal(divided, s=s)
-    torch.testing.assert_close(ours, expected)
+    expected = weightings.logit_normal(divided, s=s)
+    ours = weightings.scaled_logit_normal(schedule, variances, s, plain_fraction=0.3)
+    torch.testing.assert_close(ours, 0.7 * expected / expected.mean() + 0.3)
+    assert float(ours.mean()) == pytest.approx(1.0)
     assert ours.argmax() != weightings.logit_normal(schedule, s=s).argmax()
 
 
@@ -201,14 +203,15 @@ def test_without_the_parts_that_are_made_from_images_a_flow_needs_none():
 
 
 def test_a_noise_level_counts_the_same_along_a_flow_as_in_ddpms_process():
-    """Per unit of log sigma, whatever the tables."""
+    """Per unit of log sigma, whatever the tables, up to one factor; but for the plain part."""
     levels, variances = np.linspace(-2, 2, 9), torch.tensor([0.5, 0.1], dtype=torch.float64)
     counts = [
-        np.interp(levels, schedule.sigma.log(), weightings.scaled_logit_normal(schedule, variances) / slope)
+        np.interp(levels, schedule.sigma.log(), weightings.scaled_logit_normal(schedule, variances, 0.7, 0.0) / slope)
         for schedule in (NoiseSchedule.from_scheduler(DDPMScheduler()), tables(), tables(shift=3.0))
         for slope in [schedule.log_sigma_slope]
     ]
-    np.testing.assert_allclose(counts[1:], counts[:1] * 2, rtol=0.01)
+    shares = [values / values.sum() for values in counts]
+    np.testing.assert_allclose(shares[1:], shares[:1] * 2, rtol=0.01)
 
 
 def test_on_the_velocitys_own_loss_the_objective_for_the_ode_is_a_bell_over_the_flows_time():
