@@ -63,7 +63,7 @@ SAMPLERS = {OWN: None, "shift 3": 3.0}  # the shift of the schedule; None for th
 NOT_OURS = (
     *(option.name for group in (MethodOptions, LogOptions, ValidationOptions, HubOptions) for option in fields(group)),
     *("seed", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "num_epochs"),
-    *("vae", "latents_dir", "noise_scheduler", "ddpm_num_steps", "ddpm_beta_schedule"),
+    *("vae", "latents_dir", "noise_scheduler", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule"),
     *("on_bad_image", "class_dropout", "gradient_accumulation_steps", "mixed_precision", "compile", "use_ema"),
 )
 
@@ -117,7 +117,7 @@ def entrants_of(options: FlowMatchingOptions) -> dict[str, Entrant]:
         ValueError: an option that the race decides, an entrant that there is not, or no stop in images.
     """
     plain = TrainingOptions()
-    for name in NOT_OURS:
+    for name in set(NOT_OURS) - {"prediction_type"}:  # recipes have one, for DDPM's process
         if getattr(options, name) not in (getattr(plain, name), None):
             raise ValueError(f"--{name} {getattr(options, name)}: is not for this race")
     if not options.score_at_images:

@@ -85,22 +85,22 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_
 
 
 def scaled_logit_normal(
-    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, plain_fraction: float = 0.1
+    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, even_fraction: float = 0.1
 ) -> torch.Tensor:
-    """`logit_normal` about the noise level at which noise is as strong as the data, and a part of c_t = 1. Mean 1.
+    """`logit_normal` about the noise level at which noise is as strong as the data, and an even part. Mean 1.
 
     sigma_data^2 is the data's variance. SD3's objective is for latents of variance 1; pixels in [-1, 1] have about a
     quarter of that. What a noise level counts in the bell depends on its ratio to the data alone, on no schedule and on
-    no resolution. The plain part leaves no timestep out: a network of eps that nothing has trained at high noise fails
-    where sampling begins, and by the ODE nothing repairs that.
+    no resolution. The even part is for networks of eps: one that nothing has trained at high noise fails where sampling
+    begins, and by the ODE nothing repairs that. In the loss of v or of a velocity it is next to nothing there.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
-        s: the width, of which 1 is SD3's; narrower ones train faster at first.
-        plain_fraction: of the objective, in [0, 1].
+        s: the width, of which 1 is SD3's.
+        even_fraction: of the objective, of c_t = 1, in [0, 1].
     """
     bell = logit_normal(schedule, s=s, sigma_data=float(variances.mean().sqrt()))
-    return (1 - plain_fraction) * bell / bell.mean() + plain_fraction
+    return (1 - even_fraction) * bell / bell.mean() + even_fraction
 
 
 def cosmap(schedule: NoiseSchedule) -> torch.Tensor:

@@ -15,7 +15,15 @@ CONFIGS = REPOSITORY / "configs"
 RACES = sorted(path for path in (CONFIGS / "races").rglob("*.yaml") if path.stem != "base")
 every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 DATA = ["cifar10_16x16", "digits"]
-CELLS = ["cifar10", "cifar10_16x16_1m", "cifar10_dit", "cifar10_latents", "cifar10_small", "digits_dit"]
+CELLS = [
+    "cifar10",
+    "cifar10_16x16",
+    "cifar10_16x16_1m",
+    "cifar10_dit",
+    "cifar10_latents",
+    "cifar10_small",
+    "digits_dit",
+]
 
 
 @cache
@@ -41,7 +49,13 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
     assert options.score_samplers == ["ddpm", "ddim"]
     assert len(options.seeds) >= 3
     prefix = "ablation_" if path.parent.name == "ablation" else ""
-    assert options.output_dir == f"runs/races/{prefix}{path.stem}"
+    folder = options.output_dir.removeprefix("runs/races/")
+    assert folder == f"{prefix}{path.stem}" or (path.stem in DATA and folder == f"{path.parent.name}_{path.stem}")
+
+
+def test_no_two_races_share_a_folder():
+    folders = [planned(path.parent.name, path.stem)[0].output_dir for path in RACES]
+    assert len(set(folders)) == len(folders)
 
 
 @every_race

@@ -178,10 +178,38 @@ def test_the_objective_about_the_datas_variance_is_sd3s_of_data_divided_by_their
     relative = schedule.sigma / variances.mean().sqrt()
     divided = NoiseSchedule(1 / (1 + relative**2))
     expected = weightings.logit_normal(divided, s=s)
-    ours = weightings.scaled_logit_normal(schedule, variances, s, plain_fraction=0.3)
+    ours = weightings.scaled_logit_normal(schedule, variances, s, even_fraction=0.3)
     torch.testing.assert_close(ours, 0.7 * expected / expected.mean() + 0.3)
     assert float(ours.mean()) == pytest.approx(1.0)
-    assert ours.argmax() != weightings.logit_normal(schedule, s=s).argmax()
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.0, 4.0])
+def test_on_the_loss_of_the_scaled_datas_velocity_the_objective_is_a_bell_about_the_datas_deviation(deviation):
+    """Per unit of log sigma: its largest value, and half of it at s sqrt(2 log 2) on either side."""
+    schedule, s = NoiseSchedule.from_scheduler(DDPMScheduler()), 0.7
+    variances = torch.full((3,), deviation**2, dtype=torch.float64)
+    on_velocity = (1 + schedule.sigma / deviation) ** -2
+    bell = weightings.scaled_logit_normal(schedule, variances, s, 0.0) * on_velocity / schedule.log_sigma_slope
+    level = schedule.sigma.log()
+    assert float(level[bell.argmax()]) == pytest.approx(np.log(deviation), abs=0.02)
+    half = s * np.sqrt(2 * np.log(2))
+    at = np.interp(np.log(deviation) + np.array([-half, half]), level, bell / bell.max())
+    np.testing.assert_allclose(at, 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_by_ddpms_tables_a_tenth_of_the_objective_counts_all_timesteps_alike(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    c = make_timestep_sampler(scheduler, images=images_of(16)).loss_weights
+    assert float(c.min()) == pytest.approx(0.1, abs=1e-3)
+    assert float(c.mean()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_objective_of_a_part_is_that_of_the_whole():
+    whole, part = (
+        make_timestep_sampler(flow(), images=images_of(16), min_timestep=low).loss_weights for low in (None, 875)
+    )
+    torch.testing.assert_close(part, whole[-len(part) :])
 
 
 def test_the_logit_normal_objective_of_a_part_is_that_of_the_whole_and_without_any_signal_it_is_0():
@@ -203,7 +231,7 @@ def test_without_the_parts_that_are_made_from_images_a_flow_needs_none():
 
 
 def test_a_noise_level_counts_the_same_along_a_flow_as_in_ddpms_process():
-    """Per unit of log sigma, whatever the tables, up to one factor; but for the plain part."""
+    """Per unit of log sigma, whatever the tables, up to one factor; but for the even part."""
     levels, variances = np.linspace(-2, 2, 9), torch.tensor([0.5, 0.1], dtype=torch.float64)
     counts = [
         np.interp(levels, schedule.sigma.log(), weightings.scaled_logit_normal(schedule, variances, 0.7, 0.0) / slope)

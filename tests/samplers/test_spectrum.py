@@ -40,11 +40,18 @@ def test_variances_add_up_to_the_images_variance_whatever_the_batching():
 def test_flatness_is_1_of_white_data_and_falls_as_the_variances_part():
     """Of 0.1 and 0.9 in equal numbers: sqrt(0.1 * 0.9) / 0.5 = 0.6."""
     axes = torch.eye(1, dtype=torch.float64)
-    for variances, flatness in (([0.3, 0.3], 1.0), ([0.1, 0.9], 0.6), ([0.0, 1.0], 2e-6)):
-        spectrum = Spectrum(axes, torch.tensor(variances, dtype=torch.float64).view(1, 1, 2))
+    for variances, flatness in (([0.3, 0.3], 1.0), ([0.1, 0.9], 0.6), ([0.1, 0.9, 0.0], 0.6)):
+        spectrum = Spectrum(axes, torch.tensor(variances, dtype=torch.float64).view(1, 1, -1))
         assert spectrum.flatness == pytest.approx(flatness)
+    for level in torch.rand(100, dtype=torch.float64):
+        assert 1 - 1e-9 < Spectrum(axes, level.expand(1, 6, 7)).flatness <= 1
     white = torch.randn(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert Spectrum.of(white).flatness == pytest.approx(1.0, abs=1e-2)
+
+
+def test_grey_images_in_three_channels_are_as_flat_as_in_one():
+    grey = digits()
+    assert Spectrum.of(grey.expand(-1, 3, -1, -1)).flatness == pytest.approx(Spectrum.of(grey).flatness)
 
 
 @pytest.mark.parametrize(
