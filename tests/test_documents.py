@@ -49,7 +49,7 @@ DOCUMENTS = sorted(
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
 RACES = ("race_strongest_cifar10_16x16", "race_strongest_digits_dit")  # the columns of the README's table
-OTHER_RACES = ("race_strongest_digits", "race_cifar10_16x16", "race_digits")
+OTHER_RACES = ("race_cifar10_16x16", "race_digits")
 FLOWS = ("flow_race_digits_dit", "flow_matching_cifar10_unet", "flow_matching_digits_dit")
 ABLATIONS = ("ablation_cifar10_16x16", "ablation_digits")
 COMPARISONS = ("race_first_cifar10_16x16", "race_first_digits", "comparison_cifar10_16x16", "comparison_digits")
