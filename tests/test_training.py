@@ -68,7 +68,14 @@ def test_a_run_leaves_everything_it_promises(train):
     assert set(summary["seconds"]) == {"setup", "train", "save", "preview"}
     assert summary["stopped_by"] == "steps"
     card = (run.folder / "README.md").read_text()
-    for part in ("digits", "adaptive", "scaled_logit_normal", "max_train_steps 24", "samples/final.png", "from_pretrained"):
+    for part in (
+        "digits",
+        "adaptive",
+        "scaled_logit_normal",
+        "max_train_steps 24",
+        "samples/final.png",
+        "from_pretrained",
+    ):
         assert part in card
     assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-24"]
 
