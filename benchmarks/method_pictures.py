@@ -91,7 +91,7 @@ def draw_weighting(schedule, spectrum):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for deviation, label in ((0.5, "0.5: pixels"), (1.0, "1: latents")):
         weights = weightings.scaled_logit_normal(schedule, torch.tensor([deviation**2]))
-        left.plot(weights / weights.mean(), label=rf"$\sigma_{{data}}$ = {label}")
+        left.plot(weights, label=rf"$\sigma_{{data}}$ = {label}")
     left.set_title("loss weighting `scaled_logit_normal`")
     for name, style in (("spectral", "--"), ("spectral_ode", ":"), ("spectral_both", "-")):
         right.plot(checked_weights(name, schedule, spectrum), style, label=f"`{name}`", color="tab:blue")

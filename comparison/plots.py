@@ -45,8 +45,8 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
 def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """{name: (what the legend calls it, how its lines look)}, the same in all plots; our own method stands out. Of many
     entrants the best are told apart, by their last mean score, and the others are grey."""
-    black, grey = {"color": "black", "linewidth": 2.5, "zorder": 3}, {"color": "0.8", "linewidth": 1, "zorder": 1}
-    ours = {"adaptive": black | {"linestyle": "-"}}
+    grey = {"color": "0.8", "linewidth": 1, "zorder": 1}
+    ours = {"adaptive": {"color": "black", "linewidth": 2.5, "zorder": 3, "linestyle": "-"}}
 
     def last_score(name):
         return min((curve.means[-1] for curve in entrants[name]["curves"].values() if curve.means), default=math.inf)

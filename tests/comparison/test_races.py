@@ -54,7 +54,7 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
 
 
 def test_no_two_races_share_a_folder():
-    folders = [planned(path.parent.name, path.stem)[0].output_dir for path in RACES]
+    folders = [read_command_line(["--config", str(path)])[0].output_dir for path in RACES]
     assert len(set(folders)) == len(folders)
 
 
