@@ -38,7 +38,7 @@ from training.resuming import spent_budget
 from training.sharding import full_tensor
 from training.state import TrainingState, build_state
 from training.step_random import StepRandom
-from training.stopping import StopCondition
+from training.stopping import Budget, StopCondition
 from training.warm_up import warm_up_if_slow
 from training.writing import begin_writing, finish
 
@@ -72,7 +72,8 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     max_steps = options.total_steps(batches.num_images / (options.images_per_process * accelerator.num_processes))
     if nothing_to_train := spent_budget(options, output, start, max_steps):
         return accelerator.print(nothing_to_train)
-    state = build_state(options, accelerator, network, sampler, identify(options, dataset, vae), clock, max_steps)
+    budget = Budget(accelerator, clock, max_steps, options.max_train_seconds)
+    state = build_state(options, accelerator, network, sampler, identify(options, dataset, vae), clock, budget)
     state.begin(start, options.seed)
     validation = build_validation(options, accelerator, validation_images, dataset.classes)
 
@@ -82,12 +83,12 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip, share, null)
     warm_up_if_slow(state, denoiser, dataset.image_shape, options.train_batch_size, options.compile)
     if options.dry_run:
-        return dry_run(options, state, batches, max_steps, partial(train_step, state, denoiser, step_random))
-    stop = StopCondition(accelerator, max_steps, options.max_train_seconds, clock)  # before data workers are forked
+        return dry_run(options, state, batches, budget, partial(train_step, state, denoiser, step_random))
+    stop = StopCondition(accelerator, budget)  # before data workers are forked
     batches.peek()  # the last that can refuse
 
     begin_writing(options, output, start, state, hub)
-    log = TrainingLog(options, state, output, max_steps, options.max_train_seconds)
+    log = TrainingLog(options, state, output, budget)
     parts = PipelineParts(noise_scheduler, classes and dict(enumerate(classes)), vae)
     results = Results(options, state, parts, output, log, stop, options.seed, evaluator, validation)
     every = plan_intervals(options, state, batches.num_images)

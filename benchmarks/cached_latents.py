@@ -89,7 +89,7 @@ def make_update(
     network = build_network(options, latents.channels, latents.resolution, num_classes)
     noise_scheduler = build_noise_scheduler(options)
     sampler = build_sampler(options, noise_scheduler, latents.sample, options.seed, accelerator.device)
-    state = build_state(options, accelerator, network, sampler, {}, PhaseClock(accelerator.device), max_steps=None)
+    state = build_state(options, accelerator, network, sampler, {}, PhaseClock(accelerator.device))
     null = null_label(network.config)
     denoiser = Denoiser(state.network, noise_scheduler, accelerator.device, null)
     warm_up(state, denoiser, latents.image_shape, options.train_batch_size)

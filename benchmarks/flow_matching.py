@@ -53,9 +53,10 @@ from training.folder_lock import folder_lock
 from training.machine import code_commit, device_name, library_versions, this_command
 from training.network import build_network
 from training.nonfinite import check_finite
+from training.optimizer import build_optimizer
 from training.options import HubOptions, LogOptions, MethodOptions, TrainingOptions, ValidationOptions
 from training.saving import read_json, replace_file, write_json
-from training.state import build_average, build_optimizer
+from training.state import build_average
 
 OWN = "own schedule"
 SAMPLERS = {OWN: None, "shift 3": 3.0}  # the shift of the schedule; None for that of training
@@ -255,7 +256,7 @@ def make_update(
 ) -> Callable[[], torch.Tensor]:
     """A function that makes the next update, by a loss of (images, labels), and returns its gradient's norm."""
     device, knows_classes = network.device, null_label(network.config) is not None
-    optimizer, lr_scheduler = build_optimizer(options, network, max_steps=None)
+    optimizer, lr_scheduler = build_optimizer(options, network)
 
     def update() -> torch.Tensor:
         images, labels = (part.to(device) for part in next(batches))

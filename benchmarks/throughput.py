@@ -237,7 +237,7 @@ def our_training_and_sampling(accelerator, dataset, options):
     unet = build_network(options, dataset.channels, dataset.resolution)
     noise_scheduler = build_noise_scheduler(options)
     sampler = build_sampler(options, noise_scheduler, dataset.sample, options.seed, device)
-    state = build_state(options, accelerator, unet, sampler, {}, PhaseClock(device), max_steps=None)
+    state = build_state(options, accelerator, unet, sampler, {}, PhaseClock(device))
     denoiser = Denoiser(state.network, noise_scheduler, device)
     step_random = StepRandom(options.seed, accelerator, dataset.to_inputs, options.random_flip)
     batches = open_batches(options, dataset, accelerator, images_seen=0)

@@ -112,8 +112,11 @@ def check_stops(options: ComparisonOptions, training: TrainingOptions) -> None:
     """Refuse training that cannot be stopped where it is to be scored, and then go on. Raises ValueError."""
     if not training.checkpointing_steps:
         raise ValueError("--checkpointing_steps 0: is not for a comparison, which goes on from checkpoints")
-    if not training.lr_scheduler.startswith("constant"):
-        raise ValueError(f"--lr_scheduler {training.lr_scheduler}: must be constant, as runs go on from stop to stop")
+    if not training.lr_scheduler.startswith("constant") and sum(map(len, options.ladders.values())) > 1:
+        raise ValueError(
+            f"--lr_scheduler {training.lr_scheduler}: falls to the end of a run, and these go on from stop to stop; "
+            "score them once (--score_at 1, or a single number of --score_at_images), or let it be constant"
+        )
     for images in options.score_at_images:
         if images % training.images_per_process:
             raise ValueError(

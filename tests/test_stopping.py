@@ -21,7 +21,7 @@ import training.clock
 from training.checkpoints import checkpoint_damage
 from training.clock import PhaseClock, process_age
 from training.log import read_metrics
-from training.stopping import StopCondition, is_launcher
+from training.stopping import Budget, StopCondition, is_launcher
 
 
 def last_line(run):
@@ -208,7 +208,8 @@ def test_a_plain_run_outlives_its_shell(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop = StopCondition(Accelerator(cpu=True), None, None, PhaseClock())
+        accelerator = Accelerator(cpu=True)
+        stop = StopCondition(accelerator, Budget(accelerator, PhaseClock()))
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.reason(1) is None
     finally:

@@ -9,8 +9,9 @@ import torch
 
 from images import ImageBatches
 
-from .options import BudgetOptions, TrainingOptions
+from .options import TrainingOptions
 from .state import TrainingState
+from .stopping import Budget
 
 TIMED_STEPS = 3
 
@@ -19,7 +20,7 @@ def dry_run(
     options: TrainingOptions,
     state: TrainingState,
     batches: ImageBatches,
-    max_steps: int | None,
+    budget: Budget,
     train_step: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
     """Make a step that warms up and three that are timed, and print what the run would be. All processes must call it.
@@ -47,7 +48,7 @@ def dry_run(
         "precision": f"{state.accelerator.mixed_precision}{', compiled' if options.compile else ''}",
         "step": f"{per_step:.4g} s (mean of {TIMED_STEPS}), {state.images_per_step / per_step:,.4g} images/s",
         "memory": used_memory(state.accelerator.device),
-        "run": what_is_left(options, begun, max_steps, per_step, batches.num_images),
+        "run": what_is_left(budget, begun, per_step, batches.num_images),
     }
     for name, text in lines.items():
         state.accelerator.print(f"{name:10} {text}")
@@ -55,19 +56,13 @@ def dry_run(
     state.accelerator.print(f"a dry run: nothing was written{latents}")
 
 
-def what_is_left(
-    options: BudgetOptions,
-    state: TrainingState,
-    max_steps: int | None,
-    seconds_per_step: float,
-    images_per_epoch: int,
-) -> str:
+def what_is_left(budget: Budget, state: TrainingState, seconds_per_step: float, images_per_epoch: int) -> str:
     """How many steps and how much time are to come, in words; `state` is that of the beginning."""
     limits = []
-    if max_steps is not None:
-        limits.append(max_steps - state.step)
-    if options.max_train_seconds:
-        limits.append((options.max_train_seconds - state.clock.seconds("train")) / seconds_per_step)
+    if budget.max_steps is not None:
+        limits.append(budget.max_steps - state.step)
+    if budget.max_seconds is not None:
+        limits.append((budget.max_seconds - state.clock.seconds("train")) / seconds_per_step)
     steps = max(min(limits), 0)
     epochs = steps * state.images_per_step / images_per_epoch
     from_where = f" from step {state.step:,} on" if state.step else ""

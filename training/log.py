@@ -17,6 +17,7 @@ from .options import LogOptions
 from .output import OutputDir
 from .saving import replace_file
 from .state import TrainingState
+from .stopping import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +34,11 @@ class TrainingLog:
         options: which tracker, and where.
         state: of the run. Later records of an earlier life are dropped, because they will be made again.
         output: the run's `OutputDir`.
-        max_steps: updates in all, or None where only time is limited: the bar then counts seconds.
-        max_seconds: of training, or None.
+        budget: of the run; where only time is limited, the bar counts seconds.
     """
 
-    def __init__(
-        self,
-        options: LogOptions,
-        state: TrainingState,
-        output: OutputDir,
-        max_steps: int | None,
-        max_seconds: float | None,
-    ):
-        self.state, self.accelerator, self.output = state, state.accelerator, output
-        self.max_steps, self.max_seconds = max_steps, max_seconds
+    def __init__(self, options: LogOptions, state: TrainingState, output: OutputDir, budget: Budget):
+        self.state, self.accelerator, self.output, self.budget = state, state.accelerator, output, budget
         self.path = output.folder / METRICS_FILE
         self.images, self.seconds = state.images, state.clock.seconds("train")  # at the last record
         self.last_record, self.skipped_images = {}, 0
@@ -56,9 +48,9 @@ class TrainingLog:
             self.last_record = next((record for record in reversed(kept) if "loss" in record), {})
         if options.logger != "none":
             self._start_tracker(options.logger, options.logging_dir)
-        by_time = max_steps is None
+        by_time = budget.max_steps is None
         self.progress = tqdm(
-            total=max_seconds if by_time else max_steps,
+            total=budget.max_seconds if by_time else budget.max_steps,
             initial=round(self.seconds, 1) if by_time else state.step,
             unit="s" if by_time else "step",
             bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}" if by_time else None,
@@ -75,8 +67,8 @@ class TrainingLog:
 
     def advance(self) -> None:
         """Move the progress bar."""
-        by_time = self.max_steps is None
-        now = min(self.state.clock.seconds("train"), self.max_seconds) if by_time else self.state.step
+        by_time = self.budget.max_steps is None
+        now = min(self.state.clock.seconds("train"), self.budget.max_seconds) if by_time else self.state.step
         self.progress.update(now - self.progress.n)
 
     def write(self, skipped_images: int, last: bool = False) -> None:
@@ -146,8 +138,8 @@ class TrainingLog:
         shown = {"loss": "none" if loss is None else f"{loss:.4f}", "images_per_s": f"{images_per_second:.0f}"}
         self.progress.set_postfix(shown)
         if self.progress.disable and self.accelerator.is_local_main_process:
-            of_all = f"/{self.max_steps:,}" if self.max_steps is not None else ""
-            of_time = f" of {self.max_seconds:.0f} s" if self.max_seconds is not None else ""
+            of_all = f"/{self.budget.max_steps:,}" if self.budget.max_steps is not None else ""
+            of_time = f" of {self.budget.max_seconds:.0f} s" if self.budget.max_seconds is not None else ""
             time = f"{timedelta(seconds=round(self.seconds))}{of_time}"
             details = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {self.state.step:,}{of_all}, {time}: {details}", file=sys.stderr, flush=True)

@@ -184,7 +184,7 @@ class OptimizationOptions:
     learning_rate: float = HfArg(default=1e-4, help="After warm-up.")
     lr_scheduler: Literal[
         "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = HfArg(default="constant_with_warmup", help="All but the constant ones need the number of steps.")
+    ] = HfArg(default="constant_with_warmup", help="All but the constant ones fall over the budget, of steps or time.")
     lr_warmup_steps: int = HfArg(default=500, help="Updates of linear warm-up.")
     adam_beta1: float = HfArg(default=0.95, help="AdamW.")
     adam_beta2: float = HfArg(default=0.999, help="AdamW.")
@@ -323,8 +323,6 @@ class TrainingOptions(
             )
         if not (self.max_train_steps or self.num_epochs or self.max_train_seconds):
             self.num_epochs = 100
-        if not self.lr_scheduler.startswith("constant") and not (self.max_train_steps or self.num_epochs):
-            raise ValueError(f"--lr_scheduler {self.lr_scheduler}: needs --max_train_steps or --num_epochs")
 
     @property
     def planned_num_steps(self) -> set[int]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers.optimization import get_scheduler
 
 from pipelines import choose_kernels
 from samplers import TimestepSampler, fold_seed
@@ -17,9 +16,11 @@ from .clock import PhaseClock
 from .ema import WeightAverage
 from .metrics import LossMeter
 from .nonfinite import NonFiniteGuard, check_finite
+from .optimizer import build_optimizer, override_settings
 from .options import OptimizationOptions
 from .output import OutputDir
 from .resuming import Start
+from .stopping import Budget
 
 
 @dataclass
@@ -115,16 +116,16 @@ def build_state(
     sampler: TimestepSampler,
     data: dict[str, Any],
     clock: PhaseClock,
-    max_steps: int | None,
+    budget: Budget | None = None,
 ) -> TrainingState:
     """The state at the beginning, with AdamW and the average of the weights.
 
     Args:
         network: moves to the accelerator's device.
         data: what tells the images, of `training.data.identify`.
-        max_steps: of the whole run; None where only time is limited.
+        budget: over which the learning rate falls, if it does; None without an end.
     """
-    optimizer, lr_scheduler = build_optimizer(options, network.to(accelerator.device), max_steps)
+    optimizer, lr_scheduler = build_optimizer(options, network.to(accelerator.device), budget)
     choose_kernels(network, accelerator.device, accelerator.mixed_precision, options.compile)
     network, optimizer = accelerator.prepare(network, optimizer)
     ema = build_average(options, network)
@@ -148,23 +149,6 @@ def build_state(
     )
 
 
-def build_optimizer(
-    options: OptimizationOptions, network: torch.nn.Module, max_steps: int | None
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW of a network on its device, and its learning rate's schedule over `max_steps`, None without an end."""
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,  # which `NonFiniteGuard` needs
-    )
-    return optimizer, get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_steps
-    )
-
-
 def build_average(options: OptimizationOptions, network: torch.nn.Module) -> WeightAverage:
     """The average of a network's weights; the weights themselves without --use_ema."""
     return WeightAverage(
@@ -174,14 +158,3 @@ def build_average(options: OptimizationOptions, network: torch.nn.Module) -> Wei
         inv_gamma=options.ema_inv_gamma,
         power=options.ema_power,
     )
-
-
-def override_settings(
-    optimizer: AcceleratedOptimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler, settings: dict[str, Any]
-) -> None:
-    """Let flags override what a checkpoint has brought of the optimiser's settings, and keep its state."""
-    for group in optimizer.param_groups:
-        group.update(settings, initial_lr=settings["lr"])
-    lr_scheduler.base_lrs = [settings["lr"]] * len(lr_scheduler.lr_lambdas)
-    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-        group["lr"] = settings["lr"] * factor(lr_scheduler.last_epoch)

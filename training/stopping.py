@@ -12,10 +12,49 @@ from accelerate import Accelerator
 from .clock import PhaseClock
 
 AGREE_EVERY = 10  # steps between two agreements of several processes: a collective each
+TICKS = 10_000  # of a budget of time: processes agree on whole numbers
 
 
 class Abandoned(Exception):
     """Raised by a signal in what is not worth waiting for."""
+
+
+class Budget:
+    """What a run may spend. The first limit that is reached ends it, at the same step in all processes.
+
+    Args:
+        accelerator: of the run.
+        clock: the run's `PhaseClock`, with the seconds of the part before a resume.
+        max_steps: updates, or None.
+        max_seconds: of training proper, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        clock: PhaseClock,
+        max_steps: int | None = None,
+        max_seconds: float | None = None,
+    ):
+        self.accelerator, self.clock = accelerator, clock
+        self.max_steps, self.max_seconds = max_steps, max_seconds
+        self._ticks = 0
+        self.look_at_clock(0)
+
+    def look_at_clock(self, step: int) -> None:
+        """Let the time that has gone by count, as far as all processes agree on it. All must call it at each step."""
+        if self.max_seconds is not None:
+            ticks = min(int(TICKS * self.clock.seconds("train") / self.max_seconds), TICKS)
+            self._ticks = max(self._ticks, agreed_maximum(self.accelerator, step, ticks))
+
+    @property
+    def is_out_of_time(self) -> bool:
+        return self._ticks == TICKS
+
+    def spent(self, step: int) -> float:
+        """The share that is spent before step number `step`, of steps or of time, whichever is more: in [0, 1]."""
+        of_steps = 0.0 if self.max_steps is None else min(step / self.max_steps, 1.0)
+        return max(of_steps, self._ticks / TICKS)
 
 
 class StopCondition:
@@ -25,14 +64,11 @@ class StopCondition:
 
     Args:
         accelerator: of the run.
-        max_steps: steps, or None.
-        max_seconds: of training proper, or None.
-        clock: the run's `PhaseClock`.
+        budget: of the run.
     """
 
-    def __init__(self, accelerator: Accelerator, max_steps: int | None, max_seconds: float | None, clock: PhaseClock):
-        self.accelerator, self.clock = accelerator, clock
-        self.max_steps, self.max_seconds = max_steps, max_seconds
+    def __init__(self, accelerator: Accelerator, budget: Budget):
+        self.accelerator, self.budget = accelerator, budget
         self.signal = None
         self.is_in_abandonable_part = False
         # A launcher that is sent SIGTERM may die without passing it on: its end is then the signal.
@@ -69,14 +105,14 @@ class StopCondition:
 
     def reason(self, step: int) -> str | None:
         """Why to stop before step number `step`: "steps", "seconds", "signal", or None to go on."""
-        if self.max_steps is not None and step >= self.max_steps:
+        if self.budget.max_steps is not None and step >= self.budget.max_steps:
             return "steps"
         if self.launcher is not None and os.getppid() != self.launcher:
             self.signal = signal.SIGTERM
-        out_of_time = self.max_seconds is not None and self.clock.seconds("train") >= self.max_seconds
-        return (None, "seconds", "signal")[
-            agreed_maximum(self.accelerator, step, max(out_of_time, 2 * bool(self.signal)))
-        ]
+        self.budget.look_at_clock(step)
+        if agreed_maximum(self.accelerator, step, int(bool(self.signal))):
+            return "signal"
+        return "seconds" if self.budget.is_out_of_time else None
 
 
 def is_launcher(pid: int) -> bool:

@@ -268,3 +268,11 @@ def test_why_training_failed_is_what_it_said_last_in_this_slice(script, failure,
     monkeypatch.setattr(comparison.runs, "TRAINING_SCRIPT", tmp_path / "script.py")
     run, entrant = {"entrant": "ddpm", "seed": 0, "scores": []}, Entrant({"method": "ddpm"}, {}, 8)
     assert comparison.runs.train(run, entrant, tmp_path / "ddpm-seed0", [], {"images": [8]}) == failure
+
+
+@pytest.mark.parametrize("stop", [("--score_at_images", "640"), ("--max_train_seconds", "2", "--score_at", "1")])
+def test_the_learning_rate_may_fall_where_runs_are_scored_once(race, stop):
+    runs = race(*stop, "--lr_scheduler", "cosine", folder="once")["runs"]
+    assert [len(run["scores"]) for run in runs.values()] == [1, 1]
+    with pytest.raises(SystemExit, match="--lr_scheduler cosine: falls to the end of a run"):
+        race(*stop, "--score_at_images", "640", "1280", "--lr_scheduler", "cosine", folder="twice")

@@ -3,8 +3,10 @@
 import re
 from types import SimpleNamespace
 
+from accelerate import Accelerator
+
 from training.dry_run import what_is_left
-from training.options import BudgetOptions
+from training.stopping import Budget
 
 
 def contents(folder):
@@ -45,9 +47,9 @@ def test_what_is_spent_is_not_to_come(train):
     assert "about 0 steps from step 6 on, 0.0 epochs, 0:00:00 of training" in past.output
     state = SimpleNamespace(step=10, images_per_step=20, clock=SimpleNamespace(seconds=lambda phase: 3600.0))
     for limits, expected in (
-        ({"max_train_seconds": 3660.0}, "about 120 steps from step 10 on, 24.0 epochs, 0:01:00 of training"),
-        ({"max_train_seconds": 10.0}, "about 0 steps from step 10 on, 0.0 epochs, 0:00:00 of training"),
-        ({}, "about 9,007,199,254,740,982 steps from step 10 on"),
+        ({"max_seconds": 3660.0}, "about 120 steps from step 10 on, 24.0 epochs, 0:01:00 of training"),
+        ({"max_seconds": 10.0}, "about 0 steps from step 10 on, 0.0 epochs, 0:00:00 of training"),
+        ({"max_steps": 2**53}, "about 9,007,199,254,740,982 steps from step 10 on"),
     ):
-        max_steps = None if limits else 2**53
-        assert what_is_left(BudgetOptions(**limits), state, max_steps, 0.5, images_per_epoch=100).startswith(expected)
+        budget = Budget(Accelerator(cpu=True), state.clock, **limits)
+        assert what_is_left(budget, state, 0.5, images_per_epoch=100).startswith(expected)
