@@ -85,22 +85,26 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_
 
 
 def scaled_logit_normal(
-    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, even_fraction: float = 0.1
+    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, noise_fraction: float = 0.1
 ) -> torch.Tensor:
-    """`logit_normal` about the noise level at which noise is as strong as the data, and an even part. Mean 1.
+    """c_t = (1 - f) b_t / mean(b) + f r_t^2 / (1 + r_t^2), r_t = sigma_t / sigma_data, b the bell of `logit_normal`.
 
-    sigma_data^2 is the data's variance. SD3's objective is for latents of variance 1; pixels in [-1, 1] have about a
-    quarter of that. What a noise level counts in the bell depends on its ratio to the data alone, on no schedule and on
-    no resolution. The even part is for networks of eps: one that nothing has trained at high noise fails where sampling
-    begins, and by the ODE nothing repairs that. In the loss of v or of a velocity it is next to nothing there.
+    The bell lies about the noise level at which noise is as strong as the data; f of the objective is the noise's share
+    of what the network sees. sigma_data^2 is the data's variance: SD3's objective is for latents of variance 1, and
+    pixels in [-1, 1] have about a quarter of that. How much a noise level counts depends on its ratio to the data
+    alone, on no schedule and on no resolution. The second part is for networks of eps: one that nothing has trained at
+    high noise fails where sampling begins, and by the ODE nothing repairs that. In the loss of v or of a velocity it is
+    next to nothing.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
-        s: the width, of which 1 is SD3's.
-        even_fraction: of the objective, of c_t = 1, in [0, 1].
+        s: the bell's width, of which 1 is SD3's.
+        noise_fraction: f, in [0, 1].
     """
-    bell = logit_normal(schedule, s=s, sigma_data=float(variances.mean().sqrt()))
-    return (1 - even_fraction) * bell / bell.mean() + even_fraction
+    sigma_data = float(variances.mean().sqrt())
+    bell = logit_normal(schedule, s=s, sigma_data=sigma_data)
+    noise_share = 1 / (1 + (sigma_data / schedule.sigma) ** 2)
+    return (1 - noise_fraction) * bell / bell.mean() + noise_fraction * noise_share
 
 
 def cosmap(schedule: NoiseSchedule) -> torch.Tensor:
