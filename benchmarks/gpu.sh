@@ -15,7 +15,7 @@ throughput)
   python benchmarks/throughput.py $recipe --compile --output_json "$out/throughput_compiled.json" "$@"
   ;;
 race) # begins no run after seven minutes; the same command goes on with those that are left
-  python compare.py --config configs/races/strongest/cifar10.yaml --seeds 1020 --stop_after 420 --output_dir "$out" "$@"
+  python compare.py --config configs/races/strongest/cifar10.yaml --seeds 1030 --stop_after 420 --output_dir "$out" "$@"
   ;;
 *)
   echo "unknown part '$part': tests, throughput or race" >&2

@@ -85,7 +85,7 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_
 
 
 def scaled_logit_normal(
-    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, noise_fraction: float = 0.1
+    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, noise_fraction: float = 0.3
 ) -> torch.Tensor:
     """c_t = (1 - f) b_t / mean(b) + f r_t^2 / (1 + r_t^2), r_t = sigma_t / sigma_data, b the bell of `logit_normal`.
 
