@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .checks import check_positive, check_shares
 from .loss_aware import LossAwareSampler
 from .precision import widest_float
 from .schedule import NoiseSchedule
@@ -59,10 +60,10 @@ class AdaptiveSampler(LossAwareSampler):
         learn_until: float = math.inf,
         **options: Any,
     ) -> None:
-        if not 0 < uniform_fraction <= 1:
-            raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
-        if not memory > 0:
-            raise ValueError(f"memory must be positive, not {memory}")
+        check_shares(uniform_fraction=uniform_fraction)
+        check_positive(memory=memory)
+        if not learn_until >= 0:
+            raise ValueError(f"learn_until must not be negative, as {learn_until} is")
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
         self.uniform_fraction = uniform_fraction

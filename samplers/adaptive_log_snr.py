@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_counts, check_shares
 from .loss_aware import LossAwareSampler
 from .schedule import NoiseSchedule
 
@@ -46,8 +47,10 @@ class AdaptiveLogSNRSampler(LossAwareSampler):
         uniform_fraction: float = 0.001,
         **options: Any,
     ) -> None:
-        if not 0 < uniform_fraction <= 1:
-            raise ValueError(f"uniform_fraction must be in (0, 1], not {uniform_fraction}")
+        check_counts(num_bins=num_bins)
+        check_shares(uniform_fraction=uniform_fraction)
+        if not 0 <= ema_rate < 1:
+            raise ValueError(f"ema_rate must be in [0, 1), not {ema_rate}")
         self.num_bins, self.ema_rate, self.uniform_fraction = num_bins, ema_rate, uniform_fraction
         super().__init__(schedule, loss_weights, **options)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import allowed_indices, check_drawn, check_per_example
+from .checks import allowed_indices, check_counts, check_drawn, check_per_example
 from .drop_in import DropIn
 from .noise_coupling import NoiseCoupling, independent, warn_of_odd_batch
 from .precision import widest_float
@@ -92,8 +92,7 @@ class TimestepSampler(DropIn):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps must be at least 1, not {gradient_accumulation_steps}")
+        check_counts(gradient_accumulation_steps=gradient_accumulation_steps)
         self.num_train_timesteps = T = schedule.num_train_timesteps
         self.device = torch.device(device)
         self.error_filter = error_filter

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .base import TimestepSampler
+from .checks import check_positive
 from .schedule import NoiseSchedule
 
 
@@ -33,9 +34,7 @@ class BetaSampler(TimestepSampler):
         beta: float = 1.0,
         **options: Any,
     ) -> None:
-        for name, value in {"alpha": alpha, "beta": beta}.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_positive(alpha=alpha, beta=beta)
         self.alpha, self.beta = alpha, beta
         super().__init__(schedule, loss_weights, **options)
 

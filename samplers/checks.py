@@ -1,4 +1,8 @@
-"""What a training loop gives to a sampler, checked by what is known of it without waiting for the device."""
+"""What a sampler is given: its options, and a training loop's tensors, by what is known of these without waiting for
+the device."""
+
+import math
+from numbers import Integral
 
 import torch
 
@@ -51,3 +55,31 @@ def check_drawn(drawn: object, asked: str) -> None:
             f"`{asked}` before any `sample`: timesteps must be those that this sampler has drawn, by `sample` or "
             "`compute_density_for_timestep_sampling`, once for each batch, and not of torch.randint or another density"
         )
+
+
+def check_counts(least: int = 1, **counts: int) -> None:
+    """Refuse options that are no integers, or below `least`. Raises ValueError, naming the option."""
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {value}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse options that are not positive and finite. Raises ValueError, naming the option."""
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+def check_finite(**numbers: float) -> None:
+    """Refuse options that are not finite. Raises ValueError, naming the option."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, not {value}")
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse options outside (0, 1]. Raises ValueError, naming the option."""
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], not {value}")

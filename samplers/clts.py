@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .base import TimestepSampler
+from .checks import check_counts, check_finite, check_positive
 from .schedule import NoiseSchedule
 
 
@@ -43,11 +44,9 @@ class CLTSSampler(TimestepSampler):
         refresh_every: int = 100,
         **options: Any,
     ) -> None:
-        if not sigma > 0:
-            raise ValueError(f"sigma must be positive, not {sigma}")
-        for name, value in (("num_updates", num_updates), ("refresh_every", refresh_every)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_finite(mu=mu)
+        check_positive(sigma=sigma)
+        check_counts(num_updates=num_updates, refresh_every=refresh_every)
         self.mu, self.sigma = mu, sigma
         self.num_updates, self.refresh_every = num_updates, refresh_every
         super().__init__(schedule, loss_weights, **options)

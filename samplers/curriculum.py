@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_counts
 from .logit_normal import LogitNormalSampler
 from .schedule import NoiseSchedule
 
@@ -35,8 +36,7 @@ class CurriculumSampler(LogitNormalSampler):
         s: float = 1.0,
         **options: Any,
     ) -> None:
-        if num_updates < 0:
-            raise ValueError(f"num_updates must not be negative, as {num_updates} is")
+        check_counts(0, num_updates=num_updates)
         self.num_updates = num_updates
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
 

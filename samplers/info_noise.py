@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_counts, check_finite, check_positive, check_shares
 from .log_normal import LogNormalSampler
 from .loss_aware import NOTHING, LossHistorySampler
 from .schedule import NoiseSchedule
@@ -73,6 +74,13 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
         refresh_every: int = 100,
         **options: Any,
     ) -> None:
+        check_counts(num_bins=num_bins, bin_history=bin_history, min_bin_count=min_bin_count)
+        check_counts(0, warmup=warmup)
+        if min_bin_count > bin_history:
+            raise ValueError(f"min_bin_count must not exceed bin_history ({bin_history}), as {min_bin_count} does")
+        check_finite(gate_exponent=gate_exponent)
+        check_shares(beta=beta, onset=onset)
+        check_positive(data_variance=data_variance, **({} if gate_pivot is None else {"gate_pivot": gate_pivot}))
         self.data_variance = data_variance
         self.min_bin_count, self.beta, self.warmup = min_bin_count, beta, warmup
         self.gate_exponent, self.gate_pivot, self.onset = gate_exponent, gate_pivot, onset

@@ -11,6 +11,7 @@ from torch.distributions import Beta
 
 from .adam import adam_step
 from .base import DenoisingLoss, TimestepBatch, TimestepSampler, fold_seed
+from .checks import check_counts, check_finite, check_positive
 from .processes import rank_and_world_size
 from .schedule import NoiseSchedule
 
@@ -78,6 +79,10 @@ class KimSampler(TimestepSampler):
         max_grad_norm: float = 1.0,
         **options: Any,
     ) -> None:
+        check_counts(update_every=update_every, num_selected=num_selected)
+        check_counts(2, queue_length=queue_length)  # correlations of one row are none
+        check_finite(entropy_coef=entropy_coef)
+        check_positive(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
         self.update_every, self.num_selected = update_every, min(num_selected, T)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_finite, check_positive
 from .noise_levels import NoiseLevelSampler
 from .schedule import NoiseSchedule
 
@@ -32,8 +33,8 @@ class LaplaceSampler(NoiseLevelSampler):
         b: float = 0.5,
         **options: Any,
     ) -> None:
-        if not b > 0:
-            raise ValueError(f"b must be positive, not {b}")
+        check_finite(mu=mu)
+        check_positive(b=b)
         self.mu, self.b = mu, b
         super().__init__(schedule, loss_weights, **options)
 

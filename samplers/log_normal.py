@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_finite, check_positive
 from .noise_levels import NoiseLevelSampler
 from .schedule import NoiseSchedule
 
@@ -24,6 +25,8 @@ class LogNormalSampler(NoiseLevelSampler):
         p_std: float = 1.2,
         **options: Any,
     ) -> None:
+        check_finite(p_mean=p_mean)
+        check_positive(p_std=p_std)
         self.p_mean, self.p_std = p_mean, p_std
         super().__init__(schedule, loss_weights, **options)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_finite, check_positive
 from .log_normal import LogNormalSampler
 from .schedule import NoiseSchedule
 
@@ -29,4 +30,6 @@ class LogitNormalSampler(LogNormalSampler):
         s: float = 1.0,
         **options: Any,
     ) -> None:
+        check_finite(m=m)
+        check_positive(s=s)
         super().__init__(schedule, loss_weights, p_mean=m, p_std=s, **options)

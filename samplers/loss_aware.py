@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .base import TimestepSampler
+from .checks import check_counts
 from .processes import rank_and_world_size
 from .schedule import NoiseSchedule
 
@@ -36,8 +37,7 @@ class LossAwareSampler(TimestepSampler):
         refresh_every: int = 20,
         **options: Any,
     ) -> None:
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, not {refresh_every}")
+        check_counts(refresh_every=refresh_every)
         super().__init__(schedule, loss_weights, **options)
         self.refresh_every = refresh_every
         self.updates = 0

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_counts, check_shares
 from .loss_aware import LossHistorySampler
 from .schedule import NoiseSchedule
 
@@ -38,8 +39,8 @@ class LossSecondMomentSampler(LossHistorySampler):
         uniform_prob: float = 0.001,
         **options: Any,
     ) -> None:
-        if not 0 < uniform_prob <= 1:
-            raise ValueError(f"uniform_prob must be in (0, 1], not {uniform_prob}")
+        check_counts(history_per_term=history_per_term)
+        check_shares(uniform_prob=uniform_prob)
         self.uniform_prob = uniform_prob
         super().__init__(schedule, loss_weights, history_length=history_per_term, **options)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_counts
 from .processes import rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ def immiscible(images: torch.Tensor, draw: DrawNoise, *, num_candidates: int = 4
         num_candidates: k, noises drawn for an image, 1 or more: 4 in the authors' flow matching on CIFAR-10, 64 in
             their Stable Diffusion.
     """
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be at least 1, not {num_candidates}")
+    check_counts(num_candidates=num_candidates)
     candidates = draw(torch.randn, len(images), num_candidates, *images.shape[1:])
     distances = (images.unsqueeze(1).float() - candidates.float()).flatten(2).norm(dim=2)
     return candidates[torch.arange(len(images), device=images.device), distances.argmin(1)]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .base import TimestepSampler
+from .checks import check_shares
 from .schedule import NoiseSchedule
 
 
@@ -26,6 +27,7 @@ class NoiseLevelSampler(TimestepSampler):
     def __init__(
         self, schedule: NoiseSchedule, loss_weights: torch.Tensor | None = None, *, floor: float = 1e-9, **options: Any
     ) -> None:
+        check_shares(floor=floor)
         self.floor = floor
         super().__init__(schedule, loss_weights, **options)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .base import TimestepSampler
+from .checks import check_positive
 from .schedule import NoiseSchedule
 
 
@@ -31,6 +32,7 @@ class SpeeDSampler(TimestepSampler):
     def __init__(
         self, schedule: NoiseSchedule, loss_weights: torch.Tensor | None = None, *, k: float = 5.0, **options: Any
     ) -> None:
+        check_positive(k=k)
         self.k = k
         super().__init__(schedule, loss_weights, **options)
 

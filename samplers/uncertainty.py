@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .adam import adam_step
+from .checks import check_counts, check_positive
 from .log_normal import LogNormalSampler
 from .loss_aware import LossAwareSampler
 from .schedule import NoiseSchedule
@@ -58,6 +59,8 @@ class UncertaintySampler(LossAwareSampler, LogNormalSampler):
         learning_rate: float = 0.01,
         **options: Any,
     ) -> None:
+        check_counts(num_features=num_features)
+        check_positive(learning_rate=learning_rate)
         self.num_features, self.learning_rate = num_features, learning_rate
         super().__init__(schedule, loss_weights, p_mean=p_mean, p_std=p_std, **options)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_positive, check_shares
 from .schedule import NoiseSchedule
 from .spectrum import Spectrum, component_powers, for_each_timestep, relative_gains
 
@@ -58,10 +59,8 @@ class WienerFilter:
     ) -> None:
         if plain_fraction is None:
             plain_fraction = 0.1 + 0.9 * spectrum.flatness
-        if not 0 < plain_fraction <= 1:
-            raise ValueError(f"plain_fraction must be in (0, 1], not {plain_fraction}")
-        if not exponent > 0:
-            raise ValueError(f"exponent must be positive, not {exponent}")
+        check_shares(plain_fraction=plain_fraction)
+        check_positive(exponent=exponent)
         if not 0 <= power <= 1:
             raise ValueError(f"power must be in [0, 1], not {power}")
         self._schedule, self._device, self.exponent, self.power = schedule, device, exponent, power

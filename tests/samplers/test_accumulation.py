@@ -145,7 +145,7 @@ def test_noise_goes_in_step_with_the_draws_after_a_state_of_half_an_update(calls
 
 
 def test_no_accumulation_is_refused_by_name():
-    with pytest.raises(ValueError, match="gradient_accumulation_steps must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be an integer of at least 1, not 0"):
         make_timestep_sampler(scheduler(), "adaptive", images=images_of(8), gradient_accumulation_steps=0)
 
 

@@ -23,5 +23,5 @@ def test_beta_against_draws():
 @pytest.mark.parametrize("option", [{"alpha": 0.0}, {"beta": -1.0}])
 def test_beta_of_no_distribution_is_refused(option):
     (name,) = option
-    with pytest.raises(ValueError, match=f"{name} must be positive, not"):
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite, not"):
         make_sampler("beta", **option)

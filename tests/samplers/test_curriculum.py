@@ -47,5 +47,5 @@ def test_a_resumed_run_may_switch_sooner_or_later(num_updates):
 
 
 def test_a_negative_number_of_updates_is_refused():
-    with pytest.raises(ValueError, match="num_updates must not be negative, as -1 is"):
+    with pytest.raises(ValueError, match="num_updates must be an integer of at least 0, not -1"):
         make_sampler("curriculum", num_updates=-1)

@@ -32,5 +32,5 @@ def test_laplace_against_uniform_draws_of_the_papers_noise_schedule(schedule):
 
 @pytest.mark.parametrize("b", [0.0, -1.0, float("nan")])
 def test_a_scale_that_is_not_positive_is_refused(b):
-    with pytest.raises(ValueError, match=f"b must be positive, not {b}"):
+    with pytest.raises(ValueError, match=f"b must be positive and finite, not {b}"):
         make_sampler("laplace", b=b)

@@ -75,7 +75,7 @@ def test_only_our_own_method_and_one_that_is_named_after_it_have_a_coupling():
 def test_a_coupling_takes_its_own_options_alone():
     with pytest.raises(ValueError, match="'uniform' has no option 'num_candidates'"):
         sampler_with("antithetic", num_candidates=7)
-    with pytest.raises(ValueError, match="num_candidates must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_candidates must be an integer of at least 1, not 0"):
         sampler_with("immiscible", num_candidates=0).noise(torch.zeros(2, 1, 8, 8))
 
 

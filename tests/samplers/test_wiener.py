@@ -158,7 +158,7 @@ def test_errors_of_another_shape_and_bad_fractions_are_refused():
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(ValueError, match=f"plain_fraction must be in .0, 1., not {fraction}"):
             wiener(digits(), plain_fraction=fraction)
-    with pytest.raises(ValueError, match="exponent must be positive, not 0"):
+    with pytest.raises(ValueError, match="exponent must be positive and finite, not 0"):
         wiener(digits(), exponent=0)
     with pytest.raises(ValueError, match=r"power must be in \[0, 1\], not -1"):
         wiener(digits(), power=-1)
