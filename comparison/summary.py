@@ -163,7 +163,7 @@ def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
         f"{score} of {images:,} images by {features:,} features is biased upwards: values compare within a table "
         "alone.",
     ]
-    if plain in entrants:
+    if plain in entrants and any(len(stops) > 1 for stops in results["settings"]["ladders"].values()):
         lines.append(
             f"Speed-up: the time, or the images, after which `{plain}` first had its final mean score, over those "
             "after which the method had it; ≥ where the first score is already better."
@@ -174,16 +174,17 @@ def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
 
 
 def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) -> str:
-    """The table of one ladder, best last score first; those of equal time say how many images a run had by then."""
+    """The table of one ladder, best last score first; those of equal time say how many images a run had by then.
+    From a single stop there is no speed-up to be read."""
     stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
     score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
     by = {sampler: SAMPLED_BY.get(sampler, f" by {sampler}") for sampler in (first, *others)}
-    shows_images = kind == "seconds"
+    shows_images, shows_speed_up = kind == "seconds", len(stops) > 1
     header = ["method"]
     for stop in stops:
         header += [f"{score}{by[first]} at {stop:,.0f} {UNITS[kind]}", *(["images"] if shows_images else [])]
     header += [f"{score}{by[sampler]} at {stops[-1]:,.0f} {UNITS[kind]}" for sampler in others]
-    header += ["speed-up", "images/s", *(["clipped"] if any_clipped else []), "seeds"]
+    header += [*(["speed-up"] if shows_speed_up else []), "images/s", *(["clipped"] if any_clipped else []), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, summary in sorted(entrants.items(), key=lambda item: rank(item[1], kind)):
         curve = summary["curves"][kind]
@@ -193,7 +194,7 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
         cells += ["–"] * (len(stops) * (1 + shows_images) - len(cells))
         cells += [score_text(*curve.others[sampler]) if sampler in curve.others else "–" for sampler in others]
         rate, clipped = summary["images_per_second"], summary["clipped"]
-        cells += [speed_up_text(curve), f"{rate:,.0f}" if rate else "–"]
+        cells += [*([speed_up_text(curve)] if shows_speed_up else []), f"{rate:,.0f}" if rate else "–"]
         cells += [f"{clipped:.1%}" if clipped is not None else "–"] if any_clipped else []
         failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {len(summary['runs'])}{failed} |")

@@ -133,6 +133,17 @@ def test_the_table_ranks_entrants_and_names_failures():
     assert any("no luck" in line for line in lines[19:])
 
 
+def test_a_single_stop_tells_no_speed_up():
+    results = json.loads(json.dumps(RESULTS))
+    results["settings"]["ladders"] = {"seconds": [4.0], "images": IMAGES}
+    in_time, in_images = "\n".join(table_of(results)).split("## Equal images")
+    assert "speed-up" not in in_time
+    assert "speed-up" in in_images
+    assert "Speed-up: the time" in in_images
+    del results["settings"]["ladders"]["images"]
+    assert "speed-up" not in "\n".join(table_of(results)).lower()
+
+
 def test_a_stop_that_not_all_seeds_have_reached_is_not_shown_and_ranks_last():
     results = json.loads(json.dumps(RESULTS))
     results["runs"]["adaptive-seed1"]["scores"].pop()
