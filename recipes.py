@@ -367,8 +367,7 @@ def option_value(node: yaml.Node, flag: Action) -> Any:
             raise ValueError("expected a value, not a list")
         return parse_value(flag, node.value)
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    may_be_empty = flag.default == []  # so that a recipe can take back a list that it inherits
-    if not (items or may_be_empty) or any(item.tag == NULL or not isinstance(item, yaml.ScalarNode) for item in items):
+    if not items or any(item.tag == NULL or not isinstance(item, yaml.ScalarNode) for item in items):
         raise ValueError("expected a list of values, none of them null, a list or a mapping")
     return [parse_value(flag, item.value) for item in items]
 

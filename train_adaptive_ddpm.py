@@ -84,7 +84,7 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
     warm_up_if_slow(state, denoiser, dataset.image_shape, options.train_batch_size, options.compile)
     if options.dry_run:
         return dry_run(options, state, batches, budget, partial(train_step, state, denoiser, step_random))
-    stop = StopCondition(accelerator, budget)  # before data workers are forked
+    stop = StopCondition(budget)  # before data workers are forked
     batches.peek()  # the last that can refuse
 
     begin_writing(options, output, start, state, hub)

@@ -87,7 +87,7 @@ def by_ring(values, rings):
 
 def draw_weighting(schedule, spectrum):
     """`scaled_logit_normal` for data of two deviations; and of the digits, the objectives that sampling gives. Means
-    are 1."""
+    are 1, or nearly."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for deviation, label in ((0.5, "0.5: pixels"), (1.0, "1: latents")):
         weights = weightings.scaled_logit_normal(schedule, torch.tensor([deviation**2]))

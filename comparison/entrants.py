@@ -115,7 +115,7 @@ def check_stops(options: ComparisonOptions, training: TrainingOptions) -> None:
     if not training.lr_scheduler.startswith("constant") and sum(map(len, options.ladders.values())) > 1:
         raise ValueError(
             f"--lr_scheduler {training.lr_scheduler}: falls to the end of a run, and these go on from stop to stop; "
-            "score them once (--score_at 1, or a single number of --score_at_images), or let it be constant"
+            "score them once (by --score_at 1 alone, or one number of --score_at_images alone), or let it be constant"
         )
     for images in options.score_at_images:
         if images % training.images_per_process:

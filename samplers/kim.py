@@ -82,7 +82,9 @@ class KimSampler(TimestepSampler):
         check_counts(update_every=update_every, num_selected=num_selected)
         check_counts(2, queue_length=queue_length)  # correlations of one row are none
         check_finite(entropy_coef=entropy_coef)
-        check_positive(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
+        check_positive(learning_rate=learning_rate)
+        if not max_grad_norm > 0:  # inf is no limit
+            raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm}")
         super().__init__(schedule, loss_weights, **options)
         T = self.num_train_timesteps
         self.update_every, self.num_selected = update_every, min(num_selected, T)

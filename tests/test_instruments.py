@@ -347,6 +347,10 @@ def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
         (["--method", "ddpm"], "--method ddpm: is not for this race"),
         (["--dry_run"], "--dry_run True: is not for this race"),
         (["--seed", "3"], "--seed 3: is not for this race"),
+        (
+            ["--lr_scheduler", "cosine", "--score_at_images", "8"],
+            "--lr_scheduler cosine: must be constant in this race",
+        ),
         (["--score_at_images", "6"], "--score_at_images 6: must be a multiple of the 4 images of an update"),
         (["--score_at", "2", "--max_train_seconds", "1"], r"--score_at 2.0: must be in \(0, 1\]"),
     ],

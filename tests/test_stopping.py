@@ -208,8 +208,7 @@ def test_a_plain_run_outlives_its_shell(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        accelerator = Accelerator(cpu=True)
-        stop = StopCondition(accelerator, Budget(accelerator, PhaseClock()))
+        stop = StopCondition(Budget(Accelerator(cpu=True), PhaseClock()))
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.reason(1) is None
     finally:

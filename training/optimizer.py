@@ -1,5 +1,6 @@
 """AdamW, and its learning rate over the run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +9,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from .options import OptimizationOptions
-from .stopping import Budget
-
-SHARES = 10**6  # of a budget, which take the place of updates in diffusers' schedules
+from .stopping import TICKS, Budget
 
 
 def build_optimizer(
@@ -31,15 +30,32 @@ def build_optimizer(
 def build_lr_scheduler(
     options: OptimizationOptions, optimizer: torch.optim.Optimizer, budget: Budget | None
 ) -> LambdaLR:
-    """diffusers' schedule of this name. In a budget of time, whose updates nobody can count beforehand, the learning
-    rate falls with the share of the budget that is spent, and the warm-up is a factor of its own."""
+    """diffusers' schedule of this name over the budget's steps. In a budget of time, whose steps nobody can count
+    beforehand, it falls with the share of the time that is spent, and warm-up is a factor; the lower one of both.
+
+    Raises:
+        ValueError: it falls, and there is no budget; or it cannot be with this warm-up.
+    """
     name, warmup = options.lr_scheduler, options.lr_warmup_steps
-    if name.startswith("constant") or budget is None or budget.max_seconds is None:
-        steps = budget and budget.max_steps
-        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    (rise,) = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warmup).lr_lambdas
-    (fall,) = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=SHARES).lr_lambdas
-    return LambdaLR(optimizer, lambda step: rise(step) * fall(SHARES * budget.spent(step)))
+    max_steps, max_seconds = (None, None) if budget is None else (budget.max_steps, budget.max_seconds)
+    if name.startswith("constant"):
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup)
+    if max_steps is None and max_seconds is None:
+        raise ValueError(f"--lr_scheduler {name}: falls to the end of a run, and here no run has one")
+    if name == "polynomial" and max_steps is not None and warmup >= max_steps:  # diffusers' divides by what is left
+        raise ValueError(f"--lr_warmup_steps {warmup}: must be below the {max_steps} steps of a run by {name}")
+
+    def over(steps: int, warmup: int) -> Callable[[float], float]:
+        (factor,) = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas
+        return factor
+
+    factors = []
+    if max_steps is not None:
+        factors.append(over(max_steps, warmup))
+    if max_seconds is not None:
+        fall = over(TICKS, 0)
+        factors.append(lambda step: min(step / warmup if warmup else 1.0, 1.0) * fall(TICKS * budget.share_of_time))
+    return LambdaLR(optimizer, lambda step: min(factor(step) for factor in factors))
 
 
 def override_settings(
@@ -51,3 +67,4 @@ def override_settings(
     lr_scheduler.base_lrs = [settings["lr"]] * len(lr_scheduler.lr_lambdas)
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = settings["lr"] * factor(lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # for a log before the first update

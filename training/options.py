@@ -316,6 +316,8 @@ class TrainingOptions(
         check_model(self)
         if self.logger == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError(f"--learning_rate {self.learning_rate:g}: must be above 1e-7, to which polynomial falls")
         check_validation(self.validation_split, self.validation_steps)
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(

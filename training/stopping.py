@@ -20,13 +20,17 @@ class Abandoned(Exception):
 
 
 class Budget:
-    """What a run may spend. The first limit that is reached ends it, at the same step in all processes.
+    """What a run may spend. The first limit that is reached ends it, at the same step in all processes, which must make
+    it together.
 
     Args:
         accelerator: of the run.
         clock: the run's `PhaseClock`, with the seconds of the part before a resume.
         max_steps: updates, or None.
         max_seconds: of training proper, or None.
+
+    Attributes:
+        share_of_time: that is spent, in [0, 1], the same in all processes; of several, as of the last tenth step.
     """
 
     def __init__(
@@ -38,23 +42,14 @@ class Budget:
     ):
         self.accelerator, self.clock = accelerator, clock
         self.max_steps, self.max_seconds = max_steps, max_seconds
-        self._ticks = 0
+        self.share_of_time = 0.0
         self.look_at_clock(0)
 
     def look_at_clock(self, step: int) -> None:
         """Let the time that has gone by count, as far as all processes agree on it. All must call it at each step."""
         if self.max_seconds is not None:
-            ticks = min(int(TICKS * self.clock.seconds("train") / self.max_seconds), TICKS)
-            self._ticks = max(self._ticks, agreed_maximum(self.accelerator, step, ticks))
-
-    @property
-    def is_out_of_time(self) -> bool:
-        return self._ticks == TICKS
-
-    def spent(self, step: int) -> float:
-        """The share that is spent before step number `step`, of steps or of time, whichever is more: in [0, 1]."""
-        of_steps = 0.0 if self.max_steps is None else min(step / self.max_steps, 1.0)
-        return max(of_steps, self._ticks / TICKS)
+            ticks = int(TICKS * min(self.clock.seconds("train") / self.max_seconds, 1.0))
+            self.share_of_time = max(self.share_of_time, agreed_maximum(self.accelerator, step, ticks) / TICKS)
 
 
 class StopCondition:
@@ -63,12 +58,11 @@ class StopCondition:
     Ctrl-C and SIGTERM ask for an orderly end after the current step; a second Ctrl-C interrupts at once.
 
     Args:
-        accelerator: of the run.
         budget: of the run.
     """
 
-    def __init__(self, accelerator: Accelerator, budget: Budget):
-        self.accelerator, self.budget = accelerator, budget
+    def __init__(self, budget: Budget):
+        self.accelerator, self.budget = budget.accelerator, budget
         self.signal = None
         self.is_in_abandonable_part = False
         # A launcher that is sent SIGTERM may die without passing it on: its end is then the signal.
@@ -112,7 +106,7 @@ class StopCondition:
         self.budget.look_at_clock(step)
         if agreed_maximum(self.accelerator, step, int(bool(self.signal))):
             return "signal"
-        return "seconds" if self.budget.is_out_of_time else None
+        return "seconds" if self.budget.share_of_time == 1 else None
 
 
 def is_launcher(pid: int) -> bool:

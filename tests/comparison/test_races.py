@@ -58,10 +58,10 @@ def test_no_two_races_share_a_folder():
     assert len(set(folders)) == len(folders)
 
 
-def test_a_recipe_takes_back_a_list_that_it_inherits_by_an_empty_one(tmp_path):
+def test_a_recipe_takes_back_the_images_that_it_inherits_by_null(tmp_path):
     inherited = CONFIGS / "races" / "strongest" / "digits_dit.yaml"
     path = tmp_path / "in_time.yaml"
-    path.write_text(f"inherits: {inherited}\ncompare:\n  score_at_images: []\n")
+    path.write_text(f"inherits: {inherited}\ncompare:\n  score_at_images: null\n")
     assert set(planned("strongest", "digits_dit")[0].ladders) == {"seconds", "images"}
     assert set(read_command_line(["--config", str(path)])[0].ladders) == {"seconds"}
 

@@ -21,11 +21,13 @@ def numeric_options(kind):
     return found
 
 
+MAY_BE_0 = {"warmup": {"info_noise"}, "num_updates": {"curriculum"}}
 CASES = [
     (sampler, name, value)
     for sampler, kind in TIMESTEP_SAMPLERS.items()
     for name, default in numeric_options(kind).items()
     for value in ([-1, 2.5, math.nan] if isinstance(default, int) else [math.nan])
+    + ([0] if isinstance(default, int) and sampler not in MAY_BE_0.get(name, ()) else [])
 ]
 
 
