@@ -221,6 +221,8 @@ def make_timestep_sampler(
     min_timestep: float | None = None,
     max_timestep: float | None = None,
     device: torch.device | str = "cpu",
+    loss_weighting_options: Mapping[str, Any] | None = None,
+    error_filter_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TimestepSampler:
     """Build a method's sampler for a diffusers noise scheduler.
@@ -242,6 +244,8 @@ def make_timestep_sampler(
             None for the high-noise expert of Wan 2.2 (text to video), None and 875 for the other one. The sampler is
             that of the part: its tables have no more timesteps, and a density over t, as `clts` has it, spans the part.
         device: where to draw; the training device.
+        loss_weighting_options: keyword arguments of the weighting's function, `{"gamma": 1}` of `min_snr`.
+        error_filter_options: keyword arguments of the filter's class, `{"plain_fraction": 0.1}` of `wiener_ode`.
         options: `timestep_sampler`, `loss_weighting`, `error_filter` and `noise_coupling`, keys of `PARTS`' registries,
             in place of the method's; and keyword arguments of the sampler's class (`seed`, `low_discrepancy`,
             `uniform_fraction`, ...) and of the noise coupling (`num_candidates` of `immiscible`).
@@ -264,13 +268,21 @@ def make_timestep_sampler(
             f"network of {prediction_type} predicts: it is not trained there"
         )
     spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
-    loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum)
-    error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device)
+    of_weighting, of_filter = dict(loss_weighting_options or {}), dict(error_filter_options or {})
+    _check_option_names("loss_weighting", parts.loss_weighting, of_weighting)
+    _check_option_names("error_filter", parts.error_filter, of_filter)
+    loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum, **of_weighting)
+    error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device, **of_filter)
     image_shape = list(spectrum.variances.shape) if spectrum else None
     fixed = {
         "error_filter": error_filter,
         "noise_coupling": _with_its_options(NOISE_COUPLINGS[parts.noise_coupling], options),
-        "made_of": {"loss_weighting": parts.loss_weighting, "image_shape": image_shape},
+        "made_of": {
+            "loss_weighting": parts.loss_weighting,
+            "loss_weighting_options": of_weighting,
+            "error_filter_options": of_filter,
+            "image_shape": image_shape,
+        },
         "prediction_type": prediction_type,
         "device": device,
     }
@@ -301,15 +313,19 @@ def resolve_method(method: str, **parts: str | None) -> Method:
     return resolved
 
 
-def checked_weights(name: str, schedule: NoiseSchedule, spectrum: Spectrum | None = None) -> torch.Tensor:
+def checked_weights(
+    name: str, schedule: NoiseSchedule, spectrum: Spectrum | None = None, **options: Any
+) -> torch.Tensor:
     """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
     data = [spectrum.variances.flatten()] if name in FROM_IMAGES["loss_weighting"] and spectrum is not None else []
-    values = schedule.own(LOSS_WEIGHTINGS[name](schedule.whole, *data))  # of a part, what they count in the whole
+    # Of a part of the schedule, what its timesteps count in the whole
+    values = schedule.own(LOSS_WEIGHTINGS[name](schedule.whole, *data, **options))
     values = values.float()  # as it will be used: EDM's may overflow
     if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
         bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
+        with_options = f" {options}" if options else ""
         raise ValueError(
-            f"loss_weighting {name!r} cannot be used with this noise schedule: at timestep "
+            f"loss_weighting {name!r}{with_options} cannot be used with this noise schedule: at timestep "
             f"{float(schedule.timesteps[bad]):g} the weight is {float(values[bad])} "
             f"(abar = {float(schedule.alphas_cumprod[bad]):.3g})"
         )
@@ -333,6 +349,13 @@ def _with_its_options(coupling, options):
     """The coupling with those of `options` that are its own, which are taken out of them."""
     own = {name: options.pop(name) for name in inspect.getfullargspec(coupling).kwonlyargs if name in options}
     return partial(coupling, **own) if own else coupling
+
+
+def _check_option_names(kind, name, options):
+    parameters = inspect.signature(PARTS[kind][name]).parameters.values()
+    own = sorted({p.name for p in parameters if p.default is not p.empty} - {"device"})
+    for option in options.keys() - own:
+        raise ValueError(f"{kind} {name!r} has no option {option!r}: it has {', '.join(own) or 'none'}")
 
 
 def _option_names(sampler_class):

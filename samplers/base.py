@@ -21,7 +21,10 @@ ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
 STATE_VERSION = 2  # before it, a state had none, and weights were not scaled
-CHOSEN = ("loss_weighting", "error_filter", "noise_coupling", "prediction_type")  # of `_parts`, by options of that name
+CHOSEN = (  # of `_parts`, by options of that name
+    *("loss_weighting", "loss_weighting_options", "error_filter", "error_filter_options"),
+    *("noise_coupling", "prediction_type"),
+)
 
 
 def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,8 +63,8 @@ class TimestepSampler(DropIn):
         loss_weights: [T] the loss weighting c_t; ones by default.
         error_filter: makes losses [B] of errors [B, C, H, W] and timesteps [B]; by default their mean squares. One that
             is made from data has `state_dict` and `load_state_dict`: it becomes a part of the sampler's state.
-        made_of: {"loss_weighting": name, "image_shape": [C, H, W], or None if no images were used}: what the objective
-            was made of, where that is known. The state of a sampler that was made of something else is refused.
+        made_of: {"loss_weighting": name, "image_shape": [C, H, W], or None if no images were used, ...}: what the
+            objective was made of, where that is known. The state of a sampler made of something else is refused.
         prediction_type: what the network predicts. Losses are of eps whatever that is; how large the gradients are that
             they send into the network is not.
         low_discrepancy: False for independent draws.

@@ -120,6 +120,11 @@ BAD_STARTS = [
     (["--timestep_sampler_options", '{"uniform_fraction": "x"}'], ["--timestep_sampler_options", "uniform_fraction"]),
     (["--timestep_sampler_options", '{"refresh_every": "x"}'], ["--timestep_sampler_options", "refresh_every"]),
     (["--method", "immiscible", "--timestep_sampler_options", '{"num_candidates": 0}'], ["num_candidates"]),
+    (
+        ["--loss_weighting_options", '{"gamma": 1}'],
+        ["--loss_weighting_options", "scaled_logit_normal", "no option 'gamma'"],
+    ),
+    (["--error_filter_options", '{"plain_fraction": "x"}'], ["--error_filter_options", "plain_fraction"]),
     (["--timestep_sampler_options", '{"seed": 3}'], ["--timestep_sampler_options", "seed"]),
     (["--resume_from_checkpoint", "/no/checkpoint"], ["--resume_from_checkpoint /no/checkpoint", "must be latest, or"]),
     (["--model_config_name_or_path", "/no/config"], ["--model_config_name_or_path /no/config"]),

@@ -37,8 +37,12 @@ def build_sampler(
         ValueError: names or settings that cannot be used.
     """
     given = dict(options.timestep_sampler_options)
-    flag = f"--method {options.method} --timestep_sampler_options {json.dumps(given)}"
-    for name in given.keys() & {"seed", "device", "images", "low_discrepancy", *PARTS}:
+    of_others = {name: dict(getattr(options, name)) for name in ("loss_weighting_options", "error_filter_options")}
+    of_all = {"timestep_sampler_options": given, **of_others}
+    flag = f"--method {options.method}" + "".join(
+        f" --{name} {json.dumps(some)}" for name, some in of_all.items() if some
+    )
+    for name in given.keys() & {"seed", "device", "images", "low_discrepancy", *PARTS, *of_others}:
         raise ValueError(f"{flag}: {name} is no setting of a sampler's class; it has a flag, or is the run's")
     images = sample_images() if method_of(options).needs_images else None
     try:
@@ -50,6 +54,7 @@ def build_sampler(
             low_discrepancy=options.low_discrepancy,
             seed=seed,
             device=device,
+            **of_others,
             **given,
         )
     except Exception as error:  # the classes check ranges, not types

@@ -154,6 +154,12 @@ class MethodOptions:
     timestep_sampler_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Keyword arguments of sampler and noise coupling, JSON."}
     )
+    loss_weighting_options: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": 'Those of the weighting, JSON: {"gamma": 1} of min_snr.'}
+    )
+    error_filter_options: JsonDict = field(
+        default_factory=JsonDict, metadata={"help": 'Those of the filter, JSON: {"plain_fraction": 0.1} of wiener_ode.'}
+    )
     low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
 
 

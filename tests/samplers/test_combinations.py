@@ -10,6 +10,7 @@ from sampler_helpers import (
     RIVALS,
     SCHEDULES_AND_LENGTHS,
     alphas_cumprod,
+    images_of,
     make_adapted,
     make_sampler,
     never_converges,
@@ -31,6 +32,7 @@ from samplers import (
     UniformSampler,
     WienerFilter,
     make_timestep_sampler,
+    weightings,
 )
 
 
@@ -109,6 +111,44 @@ def test_an_option_that_a_sampler_does_not_have_is_refused_with_those_that_it_ha
     message = rf"^timestep_sampler '\w+' has no option '{option}': it has {', '.join(sorted(common + own))}$"
     with pytest.raises(ValueError, match=message):
         make_timestep_sampler(scheduler(), method, **{option: 3})
+
+
+def test_weighting_and_filter_take_options_of_their_own():
+    made = make_timestep_sampler(
+        scheduler(),
+        loss_weighting="min_snr",
+        loss_weighting_options={"gamma": 1.0},
+        error_filter_options={"plain_fraction": 0.25, "exponent": 2},
+        images=images_of(16),
+    )
+    schedule = NoiseSchedule.from_scheduler(scheduler())
+    torch.testing.assert_close(made.loss_weights, weightings.min_snr(schedule, gamma=1.0).float())
+    assert (made.error_filter.plain_fraction, made.error_filter.exponent) == (0.25, 2)
+    assert make_timestep_sampler(scheduler(), images=images_of(16)).error_filter.exponent == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"loss_weighting_options": {"sigma": 1}}, "loss_weighting 'none' has no option 'sigma': it has none"),
+        (
+            {"loss_weighting": "p2", "loss_weighting_options": {"K": 1}},
+            "loss_weighting 'p2' has no option 'K': it has gamma, k",
+        ),
+        ({"error_filter_options": {"power": 1}}, "error_filter 'none' has no option 'power': it has none"),
+        (
+            {"error_filter": "wiener_ode", "error_filter_options": {"device": 1}},
+            "error_filter 'wiener_ode' has no option 'device': it has exponent, plain_fraction, power",
+        ),
+        (
+            {"loss_weighting": "min_snr", "loss_weighting_options": {"gamma": -1}},
+            r"loss_weighting 'min_snr' {'gamma': -1} cannot be used .* at timestep 0 the weight is -",
+        ),
+    ],
+)
+def test_options_that_weighting_or_filter_cannot_use_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        make_timestep_sampler(scheduler(), "ddpm", images=images_of(16), **parts)
 
 
 def test_what_the_function_decides_itself_is_no_option():

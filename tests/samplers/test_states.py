@@ -148,6 +148,11 @@ def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
         ),
         ({"error_filter": "none"}, "its error_filter is WienerFilter, not mean_squares; .* give `error_filter=`"),
         ({"noise_coupling": "immiscible"}, "its noise_coupling is antithetic, not immiscible; .* `noise_coupling=`"),
+        (
+            {"loss_weighting_options": {"s": 1.0}},
+            r"its loss_weighting_options is {}, not {'s': 1.0}; .* give `loss_weighting_options=`",
+        ),
+        ({"error_filter_options": {"plain_fraction": 0.5}}, "its error_filter_options is {}, not {'plain_fraction'"),
         ({"error_filter": "wiener"}, "its exponent is 1.0, not 2.0"),
         ({"error_filter": "wiener_amplitude"}, "its power is 1.0, not 0.5"),
         ({"prediction_type": "v_prediction"}, "its prediction_type is epsilon, not v_prediction"),
