@@ -1,6 +1,7 @@
 """The language of recipes: YAML less its surprises."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,10 +66,15 @@ def line_number(mark: yaml.Mark) -> int:
     return mark.line + 1
 
 
+@lru_cache(maxsize=64)  # a race reads its recipe, and what this inherits, for each of its entrants
+def parsed(text: str) -> yaml.Node | None:
+    return RecipeLoader(text).get_single_node()
+
+
 def read_yaml_mapping(file: Path) -> dict[str, yaml.Node]:
     """The mapping in a YAML file, its values as they are written; {} where it is empty."""
     try:
-        node = RecipeLoader(file.read_text(encoding="utf-8")).get_single_node()
+        node = parsed(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

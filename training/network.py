@@ -16,6 +16,8 @@ from .options import ModelOptions
 from .saved_config import load_network_config
 from .unet import check_resolution, unet_config
 
+FOUND_GOOD: set[str] = set()  # networks tried out by this process: of a race's fifty entrants most have the same one
+
 
 def build_network(options: ModelOptions, channels: int, resolution: int, num_classes: int | None = None) -> Network:
     """The network to train, from `--model` with `--unet` or `--dit` over it, or `--model_config_name_or_path`.
@@ -28,17 +30,33 @@ def build_network(options: ModelOptions, channels: int, resolution: int, num_cla
         ValueError: settings that its class refuses, be it when it is built or when it is called; or a resolution that
             its levels cannot halve, or its patches do not divide.
     """
-    config = network_config(options, channels, resolution, num_classes)
+    config = check_network(options, channels, resolution, num_classes)
     with named_network_errors(options):
-        on_meta = network_on_meta(config)
-    if not options.is_dit:
-        check_resolution(resolution, len(on_meta.config.block_out_channels))
-    with named_network_errors(options):
-        check_forward(on_meta, (channels, resolution, resolution))
         network = make_dit(config) if options.is_dit else UNet2DModel(**config)
     if options.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return network
+
+
+def check_network(
+    options: ModelOptions, channels: int, resolution: int, num_classes: int | None = None
+) -> dict[str, Any]:
+    """Try the network of `build_network` without any memory for it. Returns keyword arguments of its class.
+
+    Raises:
+        ValueError: as `build_network`.
+    """
+    config = network_config(options, channels, resolution, num_classes)
+    tried = json.dumps([options.is_dit, config, channels, resolution], sort_keys=True, default=str)
+    if tried not in FOUND_GOOD:
+        with named_network_errors(options):
+            on_meta = network_on_meta(config)
+        if not options.is_dit:
+            check_resolution(resolution, len(on_meta.config.block_out_channels))
+        with named_network_errors(options):
+            check_forward(on_meta, (channels, resolution, resolution))
+        FOUND_GOOD.add(tried)
+    return config
 
 
 def network_config(

@@ -14,7 +14,7 @@ from samplers import NoiseSchedule
 from .hub import HubUpload
 from .memory import warn_of_memory
 from .methods import build_sampler
-from .network import build_network, network_class
+from .network import build_network, check_network, network_class
 from .noise_schedule import build_noise_scheduler
 from .options import ClassOptions, ModelOptions, TrainingOptions
 from .output import OutputDir
@@ -89,8 +89,7 @@ def plan_run(options: TrainingOptions) -> None:
     with torch.random.fork_rng(devices=[]):
         check_batch_memory(options, channels, resolution)
         if has_levels or options.is_dit:
-            with torch.device("meta"):
-                build_network(options, channels, resolution, stand_in_classes(options))
+            check_network(options, channels, resolution, stand_in_classes(options))
         images = torch.randn(8, channels, min(resolution, 64), min(resolution, 64)).clamp(-1, 1)
         sampler = build_sampler(options, schedule, lambda: images, options.seed, "cpu")
         try:
