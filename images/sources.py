@@ -27,12 +27,12 @@ class Source:
     Attributes:
         name: as the user gave it.
         images: what `decode_image` takes, one by one or as slices.
-        rows: the images, and for class folders the column `label`, as of `datasets`' imagefolder; None for an .npz.
+        rows: the images, and for class folders the column `label`, as of `datasets`' imagefolder; None for arrays.
         column: of `rows`, where the images are.
         classes: their names; None where the images have no labels, or several that nobody chose from.
         label_column: of `rows`, where the labels are.
         label_columns: all that are labels by their type.
-        label_array: int64 [N], of an .npz.
+        label_array: int64 [N], of arrays, as an .npz has them.
         label_problem: why an .npz has none, though there is an array for them.
         empty_classes: folders at the level of the classes that hold no image.
         files: how many files were looked at; None if they are not images.
@@ -108,7 +108,7 @@ def open_source(
     request = Request(name, config_name, split, cache_dir, image_column, label_column)
     path = Path(name).expanduser()
     if name == "digits":
-        source = _from_rows(request, _select_rows(request, {"train": _digits()}))
+        source = _digits(request)
         if path.is_dir():
             source.notes.append("the data set built into scikit-learn is used; ./digits means the folder of that name")
         return source
@@ -243,15 +243,24 @@ def _kinds(listing: Listing) -> str:
 # ----------------------------------------------------------------------------------------------- other sources
 
 
-def _digits() -> datasets.Dataset:
+def _digits(request: Request) -> Source:
     """scikit-learn's 1797 handwritten digits, 8x8, and which they are. They come with scikit-learn."""
     from sklearn.datasets import load_digits
 
+    for flag, only in (("image_column", "image"), ("label_column", "label")):
+        if getattr(request, flag) not in (None, only):
+            raise ValueError(f"--{flag} {getattr(request, flag)}: of the digits it is {only}")
     digits = load_digits()
-    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)  # grey levels 0..16
-    label = datasets.ClassLabel(names=[str(digit) for digit in digits.target_names])
-    features = datasets.Features({"image": datasets.Image(), "label": label})
-    return datasets.Dataset.from_dict({"image": list(pixels), "label": digits.target}, features=features)
+    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]  # grey levels 0..16
+    pixels, labels = _rows_of_arrays(request, pixels, digits.target)
+    return Source(request.name, pixels, classes=[str(digit) for digit in digits.target_names], label_array=labels)
+
+
+def _rows_of_arrays(request: Request, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Those rows of the arrays [N, ...] that the request's split says."""
+    ranges = slice_ranges(request.name, request.split, {"train": len(arrays[0])})
+    parts = [[array[rows.start : rows.stop] for _, rows in ranges] for array in arrays]
+    return [of_array[0] if len(ranges) == 1 else np.concatenate(of_array) for of_array in parts]  # one is no copy
 
 
 def _from_npz(request: Request, path: Path) -> Source:
@@ -271,13 +280,10 @@ def _from_npz(request: Request, path: Path) -> Source:
     if request.label_column not in (None, NPZ_LABELS):
         raise ValueError(f"--label_column {request.label_column}: the labels in an .npz are {NPZ_LABELS}")
     problem = None if labels is None else npz_label_problem(labels, len(pixels))
-    ranges = slice_ranges(request.name, request.split, {"train": len(pixels)})
-    parts = [slice(rows.start, rows.stop) for _, rows in ranges]
-    pixels = pixels[parts[0]] if len(parts) == 1 else np.concatenate([pixels[part] for part in parts])
     if labels is None or problem:
-        return Source(request.name, pixels, label_problem=problem)
+        return Source(request.name, *_rows_of_arrays(request, pixels), label_problem=problem)
     classes = [str(label) for label in range(labels.max() + 1)]
-    labels = np.concatenate([labels[part] for part in parts]).astype(np.int64)
+    pixels, labels = _rows_of_arrays(request, pixels, labels.astype(np.int64))
     return Source(request.name, pixels, classes=classes, label_array=labels)
 
 
