@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from cycler import cycler
+from matplotlib.ticker import LogFormatter, NullLocator
 
 from comparison.summary import Summary
 
@@ -18,6 +19,13 @@ STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
 SHOWN = 10  # of more entrants, so many of the best are told apart, and these
 ALWAYS_SHOWN = ("adaptive", "ddpm")
 LABELS = {"seconds": "seconds of training", "images": "images trained on"}
+
+
+class PlainLogFormatter(LogFormatter):
+    """Labels where `LogFormatter` has them, as people write numbers: 0.05, 1.6, 300."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
@@ -35,6 +43,11 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
         axis.set(xlabel=LABELS[kind])
         if any(summary["curves"][kind].means for summary in entrants.values()):  # else all runs failed
             axis.set(xscale="log", yscale="log")
+            stops = sorted({stop for summary in entrants.values() for stop in summary["curves"][kind].stops})
+            axis.set_xticks(stops, [f"{stop:,.0f}" for stop in stops])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(PlainLogFormatter())
+            axis.yaxis.set_minor_formatter(PlainLogFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set(ylabel=score.upper())
     figure.legend(loc="outside right upper", fontsize="small")
