@@ -291,10 +291,6 @@ def _saved_rows(request: Request, path: Path) -> datasets.Dataset:
     splits = _call(request.name, datasets.load_from_disk, dataset_path=str(path))
     if isinstance(splits, datasets.Dataset):  # a single split
         splits = {str(splits.split or "train"): splits}
-    return _select_rows(request, splits)
-
-
-def _select_rows(request: Request, splits: dict[str, datasets.Dataset]) -> datasets.Dataset:
     ranges = slice_ranges(request.name, request.split, {each: len(rows) for each, rows in splits.items()})
     parts = [splits[each].select(rows) for each, rows in ranges]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)

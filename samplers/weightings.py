@@ -91,10 +91,10 @@ def scaled_logit_normal(
 
     The bell lies about the noise level at which noise is as strong as the data; f of the objective is the noise's share
     of what the network sees. sigma_data^2 is the data's variance: SD3's objective is for latents of variance 1, and
-    pixels in [-1, 1] have about a quarter of that. How much a noise level counts depends on its ratio to the data
-    alone, on no schedule and on no resolution. The second part is for networks of eps: one that nothing has trained at
-    high noise fails where sampling begins, and by the ODE nothing repairs that. In the loss of v or of a velocity it is
-    next to nothing.
+    pixels in [-1, 1] have about a quarter of that. How much a noise level counts in the bell depends on its ratio to
+    the data alone, but for the mean, on no schedule and on no resolution. The second part counts timesteps. It is for
+    networks of eps: one that nothing has trained at high noise fails where sampling begins, and by the ODE nothing
+    repairs that. In the loss of v or of a velocity it is next to nothing.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
