@@ -1,6 +1,6 @@
 """A race of methods, in equal time or images: a table and two plots. Other flags are train_adaptive_ddpm.py's.
 
-    python compare.py --config configs/races/methods/digits.yaml
+    python compare.py --config configs/races/methods/digits_dit.yaml
     python compare.py --methods ddpm min_snr p2 speed adaptive --seeds 0 1 2 --max_train_seconds 600 \\
         --output_dir runs/comparison --config configs/cifar10.yaml --lr_warmup_steps 500 --eval_num_images 10000
 
