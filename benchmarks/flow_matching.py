@@ -123,9 +123,9 @@ def entrants_of(options: FlowMatchingOptions) -> dict[str, Entrant]:
             raise ValueError(f"--{name} {getattr(options, name)}: is not for this race")
     if not options.score_at_images:
         raise ValueError("--score_at_images is required (--help lists the flags)")
-    check_stops(options, options)
     if not options.lr_scheduler.startswith("constant"):
         raise ValueError(f"--lr_scheduler {options.lr_scheduler}: must be constant in this race")
+    check_stops(options, options)
     known = all_entrants(options.score_at_images[-1] // options.train_batch_size, options.class_conditional)
     for name in options.entrants:
         if name not in known:

@@ -123,6 +123,7 @@ def check_stops(options: ComparisonOptions, training: TrainingOptions) -> None:
                 f"--score_at_images {images}: must be a multiple of the {training.images_per_process} images of an "
                 "update (--train_batch_size times --gradient_accumulation_steps)"
             )
+        training.check_warmup(images // training.images_per_process)
 
 
 def assignments(options: dict[str, Any]) -> list[str]:

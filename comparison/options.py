@@ -39,7 +39,7 @@ class ComparisonOptions:
     max_train_seconds: float | None = HfArg(default=None, help="Of training proper, for each run; default: no limit.")
     score_at: list[float] = field(
         default_factory=lambda: [0.125, 0.25, 0.5, 1.0],
-        metadata={"help": "Fractions of --max_train_seconds; the last is 1."},
+        metadata={"help": "Fractions of --max_train_seconds at which runs are scored; the last must be 1."},
     )
     score_at_images: list[int] = field(
         default_factory=list, metadata={"help": "Numbers of images trained on at which to score, too."}
@@ -48,7 +48,9 @@ class ComparisonOptions:
         default_factory=lambda: ["ddpm"],
         metadata={"help": "ddpm, ddim: what draws the images scored; all but the first for the last scores alone."},
     )
-    stop_after: float | None = HfArg(default=None, help="Seconds after which no run is gone on with but the first.")
+    stop_after: float | None = HfArg(
+        default=None, help="Seconds after which no further training begins; a call comes one stop farther at least."
+    )
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 
     def __post_init__(self):

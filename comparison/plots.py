@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.ticker import LogFormatter, NullLocator
 
-from comparison.summary import Summary
+from comparison.summary import Summary, stop_text
 
 matplotlib.use("agg")
 
@@ -44,7 +44,7 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
         if any(summary["curves"][kind].means for summary in entrants.values()):  # else all runs failed
             axis.set(xscale="log", yscale="log")
             stops = sorted({stop for summary in entrants.values() for stop in summary["curves"][kind].stops})
-            axis.set_xticks(stops, [f"{stop:,.0f}" for stop in stops])
+            axis.set_xticks(stops, [stop_text(stop) for stop in stops])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(PlainLogFormatter())
             axis.yaxis.set_minor_formatter(PlainLogFormatter())

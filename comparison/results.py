@@ -164,7 +164,7 @@ def check_same(flag: str, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def check_same_settings(flag: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse results of other settings; those that an earlier version did not know are not compared.
+    """Refuse results of other settings; an option that an earlier version did not know had its default there.
 
     Args:
         flag: whose folder the results are from.
@@ -172,10 +172,12 @@ def check_same_settings(flag: str, results: dict[str, Any], settings: dict[str, 
     Raises:
         ValueError: naming the setting.
     """
-    for name, then in results["settings"].items():
-        if name in settings and then != settings[name]:
+    defaults = plain_values(TrainingOptions(), NO_SETTINGS)
+    for name, now in settings.items():
+        then = results["settings"].get(name, defaults.get(name, now))
+        if then != now:
             of_flags = " (--max_train_seconds, --score_at, --score_at_images)" if name == "ladders" else ""
-            raise ValueError(f"{flag}: has other settings: its {name}{of_flags} is {then}, not {settings[name]}")
+            raise ValueError(f"{flag}: has other settings: its {name}{of_flags} is {then}, not {now}")
 
 
 def check_same_entrants(flag: str, results: dict[str, Any], entrants: dict[str, Any]) -> None:

@@ -182,8 +182,8 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
     shows_images, shows_speed_up = kind == "seconds", len(stops) > 1
     header = ["method"]
     for stop in stops:
-        header += [f"{score}{by[first]} at {stop:,.0f} {UNITS[kind]}", *(["images"] if shows_images else [])]
-    header += [f"{score}{by[sampler]} at {stops[-1]:,.0f} {UNITS[kind]}" for sampler in others]
+        header += [f"{score}{by[first]} at {stop_text(stop)} {UNITS[kind]}", *(["images"] if shows_images else [])]
+    header += [f"{score}{by[sampler]} at {stop_text(stops[-1])} {UNITS[kind]}" for sampler in others]
     header += [*(["speed-up"] if shows_speed_up else []), "images/s", *(["clipped"] if any_clipped else []), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, summary in sorted(entrants.items(), key=lambda item: rank(item[1], kind)):
@@ -211,6 +211,11 @@ def rank(summary: Summary, kind: str) -> tuple[bool, int, float]:
 def score_text(mean: float, deviation: float | None) -> str:
     """A score as a cell of the table: "2.257 ± 0.181"."""
     return f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def stop_text(stop: float) -> str:
+    """A stop, in seconds or images: "51,200", "12.5"."""
+    return f"{stop:,.10g}"
 
 
 def range_text(least: float, most: float) -> str:

@@ -272,7 +272,7 @@ def make_timestep_sampler(
     _check_option_names("loss_weighting", parts.loss_weighting, of_weighting)
     _check_option_names("error_filter", parts.error_filter, of_filter)
     loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum, **of_weighting)
-    error_filter = ERROR_FILTERS[parts.error_filter](noise_scheduler, spectrum, device=device, **of_filter)
+    error_filter = _made("error_filter", parts.error_filter, noise_scheduler, spectrum, device=device, **of_filter)
     image_shape = list(spectrum.variances.shape) if spectrum else None
     fixed = {
         "error_filter": error_filter,
@@ -319,17 +319,19 @@ def checked_weights(
     """[T] float32: c_t of the loss weighting of that name, which must be finite and not negative."""
     data = [spectrum.variances.flatten()] if name in FROM_IMAGES["loss_weighting"] and spectrum is not None else []
     # Of a part of the schedule, what its timesteps count in the whole
-    values = schedule.own(LOSS_WEIGHTINGS[name](schedule.whole, *data, **options))
+    values = schedule.own(_made("loss_weighting", name, schedule.whole, *data, **options))
     values = values.float()  # as it will be used: EDM's may overflow
-    if not (values.isfinite().all() and (values > 0).any() and (values >= 0).all()):
-        bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
-        with_options = f" {options}" if options else ""
-        raise ValueError(
-            f"loss_weighting {name!r}{with_options} cannot be used with this noise schedule: at timestep "
-            f"{float(schedule.timesteps[bad]):g} the weight is {float(values[bad])} "
-            f"(abar = {float(schedule.alphas_cumprod[bad]):.3g})"
-        )
-    return values
+    usable = values.isfinite() & (values >= 0)
+    if usable.all() and (values > 0).any():
+        return values
+    bad = int((~usable).int().argmax())  # the first; where all are usable they are 0
+    with_options = f" {options}" if options else ""
+    and_others = ", and nowhere above 0" if usable.all() else ""
+    raise ValueError(
+        f"loss_weighting {name!r}{with_options} cannot be used with this noise schedule: at timestep "
+        f"{float(schedule.timesteps[bad]):g} the weight is {float(values[bad])} "
+        f"(abar = {float(schedule.alphas_cumprod[bad]):.3g}){and_others}"
+    )
 
 
 def _spectrum_for(parts, images):
@@ -351,6 +353,14 @@ def _with_its_options(coupling, options):
     return partial(coupling, **own) if own else coupling
 
 
+def _made(kind, name, *data, **options):
+    """What the part of that name makes of data and options."""
+    try:
+        return PARTS[kind][name](*data, **options)
+    except TypeError as error:
+        raise ValueError(f"options {options} of {kind} {name!r}: {error}") from error
+
+
 def _check_option_names(kind, name, options):
     parameters = inspect.signature(PARTS[kind][name]).parameters.values()
     own = sorted({p.name for p in parameters if p.default is not p.empty} - {"device"})
@@ -359,13 +369,14 @@ def _check_option_names(kind, name, options):
 
 
 def _option_names(sampler_class):
-    """Of a class and those that it is made of."""
-    return {
+    """Of a class and those that it is made of, which can be given."""
+    names = {
         name
         for base in sampler_class.__mro__
         if "__init__" in vars(base)
         for name in inspect.getfullargspec(base.__init__).kwonlyargs
     }
+    return names - sampler_class.settled_options
 
 
 def _lookup(registry, kind, name):

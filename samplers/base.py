@@ -21,10 +21,8 @@ ErrorFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (errors [B
 DenoisingLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # see `before_update`
 FILTER_PREFIX = "error_filter."  # of the names that an error filter's state has within the sampler's
 STATE_VERSION = 2  # before it, a state had none, and weights were not scaled
-CHOSEN = (  # of `_parts`, by options of that name
-    *("loss_weighting", "loss_weighting_options", "error_filter", "error_filter_options"),
-    *("noise_coupling", "prediction_type"),
-)
+PART_OPTIONS = ("loss_weighting_options", "error_filter_options")  # states from before these had the defaults
+CHOSEN = ("loss_weighting", "error_filter", "noise_coupling", "prediction_type", *PART_OPTIONS)  # of `_parts`, by flags
 
 
 def mean_squares(errors: torch.Tensor, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,6 +75,7 @@ class TimestepSampler(DropIn):
 
     corrects_for_density: bool = False
     needs_data_variance: bool = False  # whether its class takes `data_variance`, of the images' pixels
+    settled_options: frozenset[str] = frozenset()  # of the classes above it, which a subclass gives them itself
     measures_model: bool = False  # whether `before_update` and `after_update` run the network, without gradients
     state_names: tuple[str, ...] = ()  # what a subclass learns, tensors and numbers: saved and restored
     counts_of_batches: tuple[str, ...] = ("num_draws",)  # of the state, G for each update of the network
@@ -362,9 +361,10 @@ class TimestepSampler(DropIn):
         if missing := [name for name in self.state_names if name not in state]:
             raise ValueError(f"{cannot}it is of an earlier version, without {', '.join(missing)}")
         for name, own in self._parts().items():
-            if state.get(name, own) != own:
+            then = state.get(name, {} if name in PART_OPTIONS and "loss_weights" in state else own)
+            if then != own:
                 remedy = f"; to go on with that, give `{name}=` (--{name})" if name in CHOSEN else ""
-                raise ValueError(f"{cannot}its {name} is {state[name]}, not {own}{remedy}")
+                raise ValueError(f"{cannot}its {name} is {then}, not {own}{remedy}")
 
     def _warn_of_scale(self):
         scale = float(self._scale())

@@ -78,6 +78,13 @@ def check_finite(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite, not {value}")
 
 
+def check_fractions(**fractions: float) -> None:
+    """Refuse options outside [0, 1]. Raises ValueError, naming the option."""
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {value}")
+
+
 def check_shares(**shares: float) -> None:
     """Refuse options outside (0, 1]. Raises ValueError, naming the option."""
     for name, value in shares.items():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .base import TimestepSampler
-from .checks import check_counts, check_finite, check_positive
+from .checks import check_counts, check_fractions, check_positive
 from .schedule import NoiseSchedule
 
 
@@ -24,13 +24,13 @@ class CLTSSampler(TimestepSampler):
     stays at 1. The paper's momentum decay (MDLRC) belongs to the optimiser and is left out.
 
     Args:
-        mu: the Gaussian's mean, as a fraction of T.
+        mu: the Gaussian's mean, as a fraction of T, in [0, 1].
         sigma: its standard deviation, as a fraction of T.
         num_updates: N, the updates until lambda = 1, 1 or more.
         refresh_every: updates between two renewals of the density.
 
     Raises:
-        ValueError: a sigma that is not positive, or no updates.
+        ValueError: a mu that is no fraction, a sigma that is not positive, or no updates.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CLTSSampler(TimestepSampler):
         refresh_every: int = 100,
         **options: Any,
     ) -> None:
-        check_finite(mu=mu)
+        check_fractions(mu=mu)
         check_positive(sigma=sigma)
         check_counts(num_updates=num_updates, refresh_every=refresh_every)
         self.mu, self.sigma = mu, sigma

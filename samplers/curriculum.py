@@ -39,14 +39,16 @@ class CurriculumSampler(LogitNormalSampler):
         check_counts(0, num_updates=num_updates)
         self.num_updates = num_updates
         super().__init__(schedule, loss_weights, m=m, s=s, **options)
+        self._second_phase = self._uniform()
 
     def _begin_update(self, update: int) -> None:
         if update == self.num_updates:
-            self._set_density(self._uniform())
+            self._set_density(self._second_phase)
 
     def _restore_density(self, probabilities):
+        self._second_phase = self._uniform()  # its floor goes by the weights, which may be the saved ones now
         is_second_phase = self.num_draws > self.num_updates * self.gradient_accumulation_steps
-        self._set_density(self._uniform() if is_second_phase else self.initial_density(self._schedule))
+        self._set_density(self._second_phase if is_second_phase else self.initial_density(self._schedule))
 
     def _uniform(self):
-        return self._masses(self._schedule, torch.sigmoid)  # sigmoid(log sigma) = s
+        return self._table(self._masses(self._schedule, torch.sigmoid))  # sigmoid(log sigma) = s

@@ -57,6 +57,8 @@ class InfoNoiseSampler(LossHistorySampler, LogNormalSampler):
     needs_data_variance = True
     state_names = (*LossHistorySampler.state_names, "bin_mmse", "data_variance")
 
+    settled_options = frozenset({"history_length", "bin_of_timestep"})
+
     def __init__(
         self,
         schedule: NoiseSchedule,

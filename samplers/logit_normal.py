@@ -21,6 +21,8 @@ class LogitNormalSampler(LogNormalSampler):
         s: scale.
     """
 
+    settled_options = frozenset({"p_mean", "p_std"})
+
     def __init__(
         self,
         schedule: NoiseSchedule,

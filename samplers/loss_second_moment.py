@@ -29,6 +29,7 @@ class LossSecondMomentSampler(LossHistorySampler):
     """
 
     corrects_for_density = True
+    settled_options = frozenset({"history_length"})
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """A continuous distribution of noise levels, carried to the timesteps of a discrete schedule."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,14 @@ class NoiseLevelSampler(TimestepSampler):
     noise to signal, which means the same for any process: of EDM's it is sigma itself, and of a straight flow,
     x = (1 - s) x_0 + s eps, it is s / (1 - s), so that log sigma = logit(s).
 
-    A floor keeps every p_t positive; it is divided by the weight, because `edm` weighs the noisy end by 1e9 and more.
-    The density changes the objective: w_t is the loss weighting alone.
+    A floor keeps every p_t positive; it is divided by the weight, because `edm` weighs the noisy end of the cosine
+    schedule by 1e9. The density changes the objective: w_t is the loss weighting alone.
 
     Args:
         floor: total mass of the uniform part, before it is divided by the weight.
+
+    Raises:
+        ValueError: the distribution has no mass in the schedule's range.
     """
 
     def __init__(
@@ -44,5 +48,10 @@ class NoiseLevelSampler(TimestepSampler):
         first = log_sigma[:1] - (midpoints[:1] - log_sigma[:1])
         last = 2 * log_sigma[-1:] - midpoints[-1:] if log_sigma[-1].isfinite() else log_sigma[-1:]
         mass = cumulative(torch.cat([first, midpoints, last])).diff()
+        if not 0 < mass.sum() < math.inf:
+            raise ValueError(
+                f"this noise schedule has log sigma from {float(first):.3g} to {float(last):.3g}, where the "
+                "distribution of noise levels has no mass: of log sigma, 0 is as much noise as signal"
+            )
         floor = self.floor / schedule.num_train_timesteps / self.loss_weights.cpu().double().clamp_min(1.0)
         return mass / mass.sum() + floor

@@ -7,6 +7,7 @@ loss that `epsilon_loss_scale` converts.
 
 import torch
 
+from .checks import check_fractions, check_positive
 from .schedule import NoiseSchedule
 from .spectrum import for_each_timestep
 from .speed import boundaries
@@ -19,11 +20,13 @@ def none(schedule: NoiseSchedule) -> torch.Tensor:
 
 def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> torch.Tensor:
     """c_t = min(snr_t, gamma) / snr_t: Min-SNR-gamma (arXiv 2303.09556, eq. 8, for eps-prediction)."""
+    check_positive(gamma=gamma)
     return (gamma / schedule.snr).clamp(max=1.0)
 
 
 def p2(schedule: NoiseSchedule, k: float = 1.0, gamma: float = 1.0) -> torch.Tensor:
     """c_t = 1 / (k + snr_t)^gamma: perception prioritized (arXiv 2204.00227, eq. 8)."""
+    check_positive(k=k, gamma=gamma)
     return (k + schedule.snr) ** -gamma
 
 
@@ -35,6 +38,7 @@ def p2_half(schedule: NoiseSchedule) -> torch.Tensor:
 def change_aware(schedule: NoiseSchedule, ceiling: float = 0.6) -> torch.Tensor:
     """SpeeD's (arXiv 2405.17403, section 3.3): the rate at which the noise's variance grows, d(1 - abar_t)/dt, scaled
     from [min, max] over all t to [1 - ceiling, ceiling], below the boundary tau; 1 from there on."""
+    check_fractions(ceiling=ceiling)
     tau = boundaries(schedule, "loss_weighting 'change_aware'").tau
     change = -schedule.alphas_cumprod_slope
     low, high = change.min(), change.max()
@@ -47,6 +51,7 @@ def edm(schedule: NoiseSchedule, sigma_data: float = 0.5) -> torch.Tensor:
     """c_t = 1 + (sigma_t / sigma_data)^2: EDM's (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2 on the loss of the
     denoised image (arXiv 2206.00364, table 1), which is sigma^2 times the epsilon-loss. Of a network that predicts v,
     which is EDM's with sigma_data = 1, it is the v-loss times (1 + (sigma / sigma_data)^2) / (1 + sigma^2)."""
+    check_positive(sigma_data=sigma_data)
     return 1 + (schedule.sigma / sigma_data) ** 2
 
 
@@ -78,6 +83,7 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_
     It is what training minimises by the loss of `flow` and the timestep sampler `logit_normal`, of data divided by
     sigma_data: there log r is drawn from N(m, s^2), here those draws are a weight. It is 0 where no signal is left.
     """
+    check_positive(s=s, sigma_data=sigma_data)
     relative = schedule.sigma / sigma_data
     distance = (relative.log() - m) / s
     drawn = torch.exp(-(distance**2) / 2 + 2 * torch.log1p(relative)).nan_to_num(0.0)  # of sigma = inf
@@ -94,13 +100,14 @@ def scaled_logit_normal(
     pixels in [-1, 1] have about a quarter of that. How much a noise level counts in the bell depends on its ratio to
     the data alone, but for the mean, on no schedule and on no resolution. The second part counts timesteps. It is for
     networks of eps: one that nothing has trained at high noise fails where sampling begins, and by the ODE nothing
-    repairs that. In the loss of v or of a velocity it is next to nothing.
+    repairs that. In the loss of v or of a velocity it is about a tenth in all, and next to nothing there.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
         s: the bell's width, of which 1 is SD3's.
         noise_fraction: f, in [0, 1].
     """
+    check_fractions(noise_fraction=noise_fraction)
     sigma_data = float(variances.mean().sqrt())
     bell = logit_normal(schedule, s=s, sigma_data=sigma_data)
     noise_share = 1 / (1 + (sigma_data / schedule.sigma) ** 2)
@@ -124,6 +131,7 @@ def bell(schedule: NoiseSchedule, k: float = 2.0) -> torch.Tensor:
     since sigma / (1 + sigma^2) = sqrt(abar (1 - abar)). For k = 2 it is the rate at which signal turns into noise,
     c_t ∝ -d abar_t / dt; for k = 1 it is uniform in the angle arccos(sqrt(abar)).
     """
+    check_positive(k=k)
     spread = schedule.alphas_cumprod * (1 - schedule.alphas_cumprod)
     mass = -schedule.alphas_cumprod_slope * spread ** (k / 2 - 1)
     return mass / mass.mean()
@@ -187,6 +195,7 @@ def _carried(schedule, undecided):
 def undecided(schedule: NoiseSchedule, variances: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """[T] M_t = sum_i s_i^(2 power) sigma_t^2 / (s_i^2 + sigma_t^2): how much of an image's variance x_t leaves open,
     for components of these variances; see `spectral`."""
+    check_fractions(power=power)
     relative = variances.flatten().clamp_min(1e-12) ** (power - 1)
     opened = for_each_timestep(lambda gains: (gains * relative).sum(1), variances, schedule)
     return (1 - schedule.alphas_cumprod) * opened

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .checks import check_positive, check_shares
+from .checks import check_fractions, check_positive, check_shares
 from .schedule import NoiseSchedule
 from .spectrum import Spectrum, component_powers, for_each_timestep, relative_gains
 
@@ -61,8 +61,7 @@ class WienerFilter:
             plain_fraction = 0.1 + 0.9 * spectrum.flatness
         check_shares(plain_fraction=plain_fraction)
         check_positive(exponent=exponent)
-        if not 0 <= power <= 1:
-            raise ValueError(f"power must be in [0, 1], not {power}")
+        check_fractions(power=power)
         self._schedule, self._device, self.exponent, self.power = schedule, device, exponent, power
         self._make_tables(spectrum, plain_fraction)
 

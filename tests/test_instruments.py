@@ -348,7 +348,7 @@ def test_the_race_of_flows_runs_in_parts_and_reports_all(flow_race):
         (["--dry_run"], "--dry_run True: is not for this race"),
         (["--seed", "3"], "--seed 3: is not for this race"),
         (
-            ["--lr_scheduler", "cosine", "--score_at_images", "8"],
+            ["--lr_scheduler", "cosine", "--score_at_images", "8", "16"],
             "--lr_scheduler cosine: must be constant in this race",
         ),
         (["--score_at_images", "6"], "--score_at_images 6: must be a multiple of the 4 images of an update"),

@@ -9,6 +9,7 @@ import torch
 
 from images import ImageBatches
 
+from .methods import flags_of_parts
 from .options import TrainingOptions
 from .state import TrainingState
 from .stopping import Budget
@@ -44,7 +45,7 @@ def dry_run(
         f"placed: {batches.placement}",
         "batch": f"{options.train_batch_size} x {options.gradient_accumulation_steps} accumulated x "
         f"{state.accelerator.num_processes} processes = {state.images_per_step:,} images a step",
-        "method": f"{options.method}: {type(state.sampler).__name__}",
+        "method": " ".join([f"{options.method}: {type(state.sampler).__name__}", *flags_of_parts(options)]),
         "precision": f"{state.accelerator.mixed_precision}{', compiled' if options.compile else ''}",
         "step": f"{per_step:.4g} s (mean of {TIMED_STEPS}), {state.images_per_step / per_step:,.4g} images/s",
         "memory": used_memory(state.accelerator.device),

@@ -10,6 +10,8 @@ from samplers import PARTS, Method, NoiseSchedule, TimestepSampler, make_timeste
 
 from .options import MethodOptions
 
+WITH_OPTIONS = ("timestep_sampler", "loss_weighting", "error_filter")  # the parts that have a flag for them
+
 
 def method_parts(options: MethodOptions) -> dict[str, str | None]:
     """{part: name, or None for the method's own} of a method, as `samplers.make_timestep_sampler` takes them."""
@@ -19,6 +21,12 @@ def method_parts(options: MethodOptions) -> dict[str, str | None]:
 def method_of(options: MethodOptions) -> Method:
     """The method, with the parts that replace its own."""
     return resolve_method(options.method, **method_parts(options))
+
+
+def flags_of_parts(options: MethodOptions) -> list[str]:
+    """The options of a method's parts, as flags; none of those that are as the parts have them."""
+    given = {f"{name}_options": getattr(options, f"{name}_options") for name in WITH_OPTIONS}
+    return [f"--{name} {json.dumps(dict(some))}" for name, some in given.items() if some]
 
 
 def build_sampler(
@@ -38,11 +46,9 @@ def build_sampler(
     """
     given = dict(options.timestep_sampler_options)
     of_others = {name: dict(getattr(options, name)) for name in ("loss_weighting_options", "error_filter_options")}
-    of_all = {"timestep_sampler_options": given, **of_others}
-    flag = f"--method {options.method}" + "".join(
-        f" --{name} {json.dumps(some)}" for name, some in of_all.items() if some
-    )
-    for name in given.keys() & {"seed", "device", "images", "low_discrepancy", *PARTS, *of_others}:
+    flag = " ".join([f"--method {options.method}", *flags_of_parts(options)])
+    of_the_run = {"seed", "device", "images", "prediction_type", "gradient_accumulation_steps", "low_discrepancy"}
+    for name in given.keys() & {*of_the_run, *PARTS, *of_others}:
         raise ValueError(f"{flag}: {name} is no setting of a sampler's class; it has a flag, or is the run's")
     images = sample_images() if method_of(options).needs_images else None
     try:

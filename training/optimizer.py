@@ -31,7 +31,8 @@ def build_lr_scheduler(
     options: OptimizationOptions, optimizer: torch.optim.Optimizer, budget: Budget | None
 ) -> LambdaLR:
     """diffusers' schedule of this name over the budget's steps. In a budget of time, whose steps nobody can count
-    beforehand, it falls with the share of the time that is spent, and warm-up is a factor; the lower one of both.
+    beforehand, it falls with the share of the time that is spent, from the first second, and warm-up is a factor. Of a
+    budget of both it is at each step the lower one, whichever limit will end the run.
 
     Raises:
         ValueError: it falls, and there is no budget; or it cannot be with this warm-up.
@@ -42,8 +43,8 @@ def build_lr_scheduler(
         return get_scheduler(name, optimizer, num_warmup_steps=warmup)
     if max_steps is None and max_seconds is None:
         raise ValueError(f"--lr_scheduler {name}: falls to the end of a run, and here no run has one")
-    if name == "polynomial" and max_steps is not None and warmup >= max_steps:  # diffusers' divides by what is left
-        raise ValueError(f"--lr_warmup_steps {warmup}: must be below the {max_steps} steps of a run by {name}")
+    if max_steps is not None:
+        options.check_warmup(max_steps)  # of a number of epochs it was not known before
 
     def over(steps: int, warmup: int) -> Callable[[float], float]:
         (factor,) = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas

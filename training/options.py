@@ -76,7 +76,7 @@ class DataOptions:
     dataset_name: str = HfArg(
         default="digits",
         aliases=["--train_data_dir"],
-        help="A Hub data set, a local folder of images or parquet files, or 'digits' (embedded).",
+        help="A Hub data set, a local folder or file (docs/training.md), or 'digits' (embedded).",
     )
     dataset_config_name: str | None = HfArg(default=None, help="The data set's configuration, if it has several.")
     image_column: str | None = HfArg(default=None, help="Needed only if the data set has several image columns.")
@@ -146,7 +146,9 @@ class MethodOptions:
 
     _argument_group_name = "Method"
 
-    method: Literal[tuple(METHODS)] = HfArg(default="adaptive", help="A name for the four parts below.")
+    method: Literal[tuple(METHODS)] = HfArg(
+        default="adaptive", help="A name for the four parts below (docs/rivals.md)."
+    )
     timestep_sampler: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(TIMESTEP_SAMPLERS)}.")
     loss_weighting: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(LOSS_WEIGHTINGS)}.")
     error_filter: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(ERROR_FILTERS)}.")
@@ -210,6 +212,14 @@ class OptimizationOptions:
         """In an update."""
         return self.train_batch_size * self.gradient_accumulation_steps
 
+    def check_warmup(self, max_steps: int) -> None:
+        """Refuse a warm-up that diffusers' schedule of this name cannot have in a run of so many updates. Raises
+        ValueError."""
+        if self.lr_scheduler == "polynomial" and self.lr_warmup_steps >= max_steps:  # it divides by what is left
+            raise ValueError(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: must be below the {max_steps} steps of a run by polynomial"
+            )
+
 
 @dataclass
 class LogOptions:
@@ -230,7 +240,9 @@ class SampleOptions:
 
     eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; 0 for no grids.")
     ddpm_num_inference_steps: int | None = HfArg(default=None, help="Denoising steps for the grids; default: T.")
-    save_images_epochs: int | None = HfArg(default=None, help="Epochs between two sample grids.")
+    save_images_epochs: int | None = HfArg(
+        default=None, help="Epochs between two sample grids; default: one at the end alone."
+    )
 
 
 @dataclass
@@ -265,7 +277,9 @@ class CheckpointOptions:
 
     _argument_group_name = "Checkpoints"
 
-    save_model_epochs: int | None = HfArg(default=None, help="Epochs between two saves of the pipeline.")
+    save_model_epochs: int | None = HfArg(
+        default=None, help="Epochs between two saves of the pipeline; default: at the end alone."
+    )
     checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
     checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's path.")
@@ -324,6 +338,8 @@ class TrainingOptions(
             raise ValueError("--logger wandb: wandb is not installed (pip install wandb)")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
             raise ValueError(f"--learning_rate {self.learning_rate:g}: must be above 1e-7, to which polynomial falls")
+        if self.max_train_steps:
+            self.check_warmup(self.max_train_steps)
         check_validation(self.validation_split, self.validation_steps)
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(

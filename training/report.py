@@ -12,7 +12,7 @@ from pipelines import ClassConditionalPipeline, pipeline_class
 from .dit import NUM_LABELS
 from .log import TrainingLog
 from .machine import device_name, library_versions
-from .methods import method_of
+from .methods import flags_of_parts, method_of
 from .network import network_class
 from .options import TrainingOptions
 from .output import SUMMARY_FILE, OutputDir
@@ -138,7 +138,7 @@ def card_table(options: TrainingOptions, summary: dict[str, Any]) -> str:
         "data set": f"`{options.dataset_name}`, {options.resolution}×{options.resolution}: {describe_data(summary)}",
         "method": f"`{options.method}`: timesteps `{method.timestep_sampler}`, "
         f"loss weighting `{method.loss_weighting}`, error filter `{method.error_filter}`, "
-        f"noise `{method.noise_coupling}`",
+        f"noise `{method.noise_coupling}`" + "".join(f"; `{flag}`" for flag in flags_of_parts(options)),
         "budget": ", ".join(f"{name} {value}" for name, value in budgets.items() if value is not None),
         "trained": f"{summary['steps']:,} steps, {summary['images']:,} images, {summary['seconds']['train']:,.0f} s",
         "network": f"{network_class(options).__name__}, {summary['parameters'] / 1e6:.1f} M parameters"

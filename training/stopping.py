@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from .clock import PhaseClock
 
-AGREE_EVERY = 10  # steps between two agreements of several processes: a collective each
+AGREE_EVERY = 10  # steps between two agreements of several processes, on signals and on time: a collective each
 TICKS = 10_000  # of a budget of time: processes agree on whole numbers
 
 

@@ -1,6 +1,7 @@
 """Results of other comparisons, gone on with or reported together with this one's."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -198,8 +199,13 @@ def test_runs_on_another_device_or_with_other_settings_are_refused(changes, mess
     assert f"--join {folder}: {message}" in str(error.value)
 
 
-def test_settings_that_an_earlier_version_did_not_know_are_not_compared(write_results):
-    joined_results(write_results(settings={"resolution": 8}), RESULTS)
+def test_options_that_an_earlier_version_did_not_know_had_their_defaults_there(write_results):
+    folder = write_results(settings={"resolution": 8})
+    joined_results(folder, RESULTS)
+    for options, message in (({}, None), ({"s": 1.0}, "its loss_weighting_options is {}, not {'s': 1.0}")):
+        now = {**RESULTS, "settings": {**RESULTS["settings"], "loss_weighting_options": options}}
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            joined_results(folder, now)
 
 
 def test_settings_are_those_of_the_runs_and_not_where_things_are():

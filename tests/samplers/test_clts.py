@@ -30,7 +30,9 @@ def test_clts_takes_as_many_updates_as_published_and_goes_on_after_a_reload():
     assert 0.4 < float(halfway) < 0.7  # the noisiest is drawn less and less often
 
 
-@pytest.mark.parametrize("option", [{"sigma": 0.0}, {"sigma": -0.1}, {"num_updates": 0}, {"refresh_every": 0}])
+@pytest.mark.parametrize(
+    "option", [{"mu": 300}, {"sigma": 0.0}, {"sigma": -0.1}, {"num_updates": 0}, {"refresh_every": 0}]
+)
 def test_what_makes_no_density_is_refused_by_name(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name} must be "):

@@ -141,8 +141,8 @@ def test_weighting_and_filter_take_options_of_their_own():
             "error_filter 'wiener_ode' has no option 'device': it has exponent, plain_fraction, power",
         ),
         (
-            {"loss_weighting": "min_snr", "loss_weighting_options": {"gamma": -1}},
-            r"loss_weighting 'min_snr' {'gamma': -1} cannot be used .* at timestep 0 the weight is -",
+            {"loss_weighting": "p2", "loss_weighting_options": {"k": 1e-9, "gamma": 1e9}},
+            r"loss_weighting 'p2' {'k': 1e-09, 'gamma': 1e\+09} cannot be used .* the weight is inf",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sampler_helpers import make_sampler
+from sampler_helpers import make_sampler, no_host_sync
 
 
 def test_curriculum_is_logit_normal_for_as_many_updates_as_given_and_uniform_from_then_on():
@@ -13,6 +13,13 @@ def test_curriculum_is_logit_normal_for_as_many_updates_as_given_and_uniform_fro
         expected = first if n < 5 else second
         assert torch.equal(sampler.probabilities, expected.probabilities), n
         assert (sampler.relative_weights() == 1).all()
+
+
+def test_the_change_does_not_wait_for_the_device(monkeypatch):
+    sampler = make_sampler("curriculum", num_updates=2)
+    with no_host_sync(monkeypatch):
+        for _ in range(4):
+            sampler.sample(8)
 
 
 @pytest.mark.parametrize("draws_before", [59_990, 60_000, 60_010])

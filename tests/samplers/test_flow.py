@@ -196,13 +196,23 @@ def test_on_the_loss_of_the_scaled_datas_velocity_the_objective_is_a_bell_about_
     np.testing.assert_allclose(at, 0.5, atol=0.01)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_by_ddpms_tables_some_of_the_objective_is_left_where_sampling_begins_and_none_without_noise(prediction_type):
-    scheduler = DDPMScheduler(prediction_type=prediction_type)
-    c = make_timestep_sampler(scheduler, images=images_of(16)).loss_weights
+def test_by_ddpms_tables_some_of_the_objective_is_left_where_sampling_begins_and_none_without_noise():
+    c = make_timestep_sampler(DDPMScheduler(), images=images_of(16)).loss_weights
     assert float(c[-1]) == pytest.approx(0.3, abs=1e-3)
     assert float(c[0]) < 1e-3
     assert 0.9 < float(c.mean()) <= 1.0
+
+
+@pytest.mark.parametrize(("prediction_type", "share"), [("epsilon", 0.26), ("v_prediction", 0.1)])
+def test_what_the_second_part_is_of_the_objective_in_the_networks_own_loss(prediction_type, share):
+    """Of data with a deviation of 1/2; of v it is next to nothing where sampling begins."""
+    schedule, variances = NoiseSchedule.from_scheduler(DDPMScheduler()), torch.tensor([0.25])
+    weights = [weightings.scaled_logit_normal(schedule, variances, noise_fraction=f) for f in (0.0, 0.3)]
+    bell, both = (c * epsilon_loss_scale(schedule, prediction_type) for c in weights)
+    second = both - 0.7 * bell
+    assert float(second.sum() / both.sum()) == pytest.approx(share, abs=0.02)
+    if prediction_type == "v_prediction":
+        assert float(second[-1]) < 1e-4
 
 
 def test_the_objective_of_a_part_is_that_of_the_whole():

@@ -130,6 +130,17 @@ def test_reloaded_it_has_the_same_objective_though_it_was_made_from_other_images
     assert_same_state(state_bits(saved), state_bits(loaded))
 
 
+@pytest.mark.parametrize(
+    "options", [{"loss_weighting_options": {"s": 1.0}}, {"error_filter_options": {"plain_fraction": 0.5}}]
+)
+def test_a_state_from_before_parts_had_options_had_none(options):
+    state = without(sampler_of(random_images()).state_dict(), "loss_weighting_options", "error_filter_options")
+    sampler_of(random_images()).load_state_dict(state)
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"its {name} is {{}}, not {{'.* give `{name}=`"):
+        sampler_of(random_images(), **options).load_state_dict(state)
+
+
 def test_reloaded_it_has_the_filter_of_the_same_plain_fraction():
     spectra = (Spectrum.of(images) for images in (random_images(), smooth_images_of(64)))
     filters = [WienerFilter(tables(), spectrum, f) for spectrum, f in zip(spectra, (0.5, 0.1), strict=True)]

@@ -44,14 +44,14 @@ def diffusers_rates(name, steps, total, warmup=0):
 
 @pytest.mark.parametrize("limits", [{}, {"max_seconds": 1e9}])
 @pytest.mark.parametrize("name", FALLING)
-def test_in_a_budget_of_steps_it_is_diffusers_schedule_whatever_time_there_is(name, limits):
+def test_in_a_budget_of_steps_it_is_diffusers_schedule_as_long_as_time_does_not_matter(name, limits):
     expected = diffusers_rates(name, 40, total=40, warmup=8)
     torch.testing.assert_close(rates(name, 40, float, warmup=8, max_steps=40, **limits), expected)
 
 
 @pytest.mark.parametrize("name", FALLING)
 def test_in_a_budget_of_time_it_falls_with_the_share_of_the_time_that_is_spent(name):
-    """The time of an update sets the learning rate of the next, so that the clock is half a second ahead here."""
+    """The time of an update sets the learning rate of the next, so that the clock is an update ahead here."""
     expected = diffusers_rates(name, 40, total=40)
     ours = rates(name, 40, lambda step: 2.0 * min(step + 1, 40), max_seconds=80.0)
     torch.testing.assert_close(ours[1:], expected[1:], atol=1e-3, rtol=1e-3)
@@ -62,6 +62,15 @@ def test_of_steps_and_time_the_lower_one_counts():
     by_steps = rates("linear", 20, lambda step: 0.04 * (step + 1), max_seconds=80.0, max_steps=20)
     torch.testing.assert_close(by_time[1:], by_steps[1:], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(by_time[10], torch.tensor(0.5), atol=1e-3, rtol=0)
+
+
+def test_of_steps_and_time_the_lower_one_counts_even_where_steps_end_the_run():
+    """Of 40 steps in 36 of 40 seconds, half of them warm-up: over steps it falls from there on alone."""
+    values = rates("linear", 40, lambda step: 0.9 * step, warmup=20, max_steps=40, max_seconds=40.0)
+    by_steps = diffusers_rates("linear", 40, total=40, warmup=20)
+    assert float(by_steps[20]) == 1.0
+    assert float(values[20]) == pytest.approx(1 - 0.9 * 19 / 40, abs=1e-3)
+    assert (values <= by_steps + 1e-6).all()
 
 
 def test_in_a_budget_of_time_warm_up_is_a_factor():
@@ -111,10 +120,14 @@ def test_a_schedule_that_cannot_be_is_refused(name, limits, message):
         TrainingOptions(lr_scheduler="polynomial", learning_rate=1e-8)
 
 
+def test_a_warm_up_longer_than_a_run_of_known_length_is_refused_with_the_options():
+    with pytest.raises(ValueError, match="--lr_warmup_steps 500: must be below the 400 steps"):
+        TrainingOptions(lr_scheduler="polynomial", max_train_steps=400)
+
+
 WORKER = """
 import sys
 from pathlib import Path
-from itertools import pairwise
 from types import SimpleNamespace
 from accelerate import Accelerator
 from training.stopping import Budget, StopCondition
