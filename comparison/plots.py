@@ -11,6 +11,7 @@ from cycler import cycler
 from matplotlib.ticker import LogFormatter, NullLocator
 
 from comparison.summary import Summary, stop_text
+from samplers import METHODS
 
 matplotlib.use("agg")
 
@@ -30,8 +31,10 @@ class PlainLogFormatter(LogFormatter):
 
 def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
     """Score against training time, against images, or both; a line an entrant, with the spread over seeds. Of many, the
-    best are in colour."""
+    best are in colour. With a single stop there are no lines, but a ranking."""
     kinds = list(next(iter(entrants.values()))["curves"])
+    if len(kinds) == len(stops_of(entrants, kinds[0])) == 1:
+        return plot_ranking(score, entrants, kinds[0], path)
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(2 + 5 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
@@ -41,9 +44,8 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
             errors = [deviation or 0 for deviation in curve.spreads]
             axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
         axis.set(xlabel=LABELS[kind])
-        if any(summary["curves"][kind].means for summary in entrants.values()):  # else all runs failed
+        if stops := stops_of(entrants, kind):  # else all runs failed
             axis.set(xscale="log", yscale="log")
-            stops = sorted({stop for summary in entrants.values() for stop in summary["curves"][kind].stops})
             axis.set_xticks(stops, [stop_text(stop) for stop in stops])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(PlainLogFormatter())
@@ -51,6 +53,33 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set(ylabel=score.upper())
     figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def stops_of(entrants: dict[str, Summary], kind: str) -> list[float]:
+    """The stops of a ladder that any entrant has come to, in rising order."""
+    return sorted({stop for summary in entrants.values() for stop in summary["curves"][kind].stops})
+
+
+def plot_ranking(score: str, entrants: dict[str, Summary], kind: str, path: Path) -> None:
+    """The score of each entrant at the only stop of a ladder, best first, with the spread over seeds; ours in black."""
+    (stop,) = stops_of(entrants, kind)
+    scored = [(name, summary["curves"][kind]) for name, summary in entrants.items() if summary["curves"][kind].means]
+    scored.sort(key=lambda item: item[1].means[0])
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.22 * len(scored)), layout="constrained")
+    for row, (name, curve) in enumerate(scored):
+        is_ours = name == "adaptive" or (
+            name.startswith("adaptive_") and name not in METHODS
+        )  # adaptive_log_snr is not
+        style = {"color": "black" if is_ours else "tab:blue"}
+        axis.errorbar(curve.means, [row], xerr=[curve.spreads[0] or 0], marker="o", capsize=3, **style)
+    axis.set_yticks(range(len(scored)), [name for name, _ in scored], fontsize="small")
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel=f"{score.upper()} at {stop_text(stop)} {LABELS[kind]}")
+    for set_formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        set_formatter(PlainLogFormatter())
+    axis.grid(alpha=0.3, which="both", axis="x")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

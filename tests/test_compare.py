@@ -245,6 +245,21 @@ def test_an_entrant_looks_the_same_in_all_plots(tmp_path, monkeypatch):
         assert [look(line) for line in axis.lines] == list(densities.values())
 
 
+def test_with_a_single_stop_the_plot_is_a_ranking(tmp_path, monkeypatch):
+    figures, only = [], {"seconds": [4.0]}
+    monkeypatch.setattr(comparison.plots.plt, "close", figures.append)
+    compare.report({**RESULTS, "settings": RESULTS["settings"] | {"ladders": only}}, tmp_path)
+    (axis,) = figures[0].axes
+    rows = [label.get_text() for label in axis.get_yticklabels()]
+    means = [container[0].get_xdata()[0] for container in axis.containers]
+    assert means == sorted(means)
+    assert axis.yaxis_inverted()
+    assert rows[means.index(1.5)] == "adaptive"
+    assert [
+        row for row, container in zip(rows, axis.containers, strict=True) if look(container[0])[0] == "#000000"
+    ] == ["adaptive"]
+
+
 def look(line):
     """(colour, style) of a line."""
     return to_hex(line.get_color()), line.get_linestyle()
