@@ -48,8 +48,8 @@ DOCUMENTS = sorted(
     {*(file for folder in FOLDERS for file in (REPOSITORY / folder).glob("*.md")), *REPOSITORY.glob("docs/**/*.md")}
 )
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
-RACES = ("race_strongest_cifar10_16x16", "race_strongest_digits_dit")  # the columns of the README's table
-OTHER_RACES = ("race_cifar10_16x16", "race_digits")
+RACES = ("race_strongest_cifar10_16x16", "race_methods_digits_dit")  # the columns of the README's table
+OTHER_RACES = ("race_strongest_digits_dit", "race_cifar10_16x16", "race_digits")
 FLOWS = ("flow_race_digits_dit", "flow_matching_cifar10_unet", "flow_matching_digits_dit")
 ABLATIONS = ("ablation_cifar10_16x16", "ablation_digits")
 COMPARISONS = ("race_first_cifar10_16x16", "race_first_digits", "comparison_cifar10_16x16", "comparison_digits")

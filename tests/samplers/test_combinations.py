@@ -142,7 +142,7 @@ def test_weighting_and_filter_take_options_of_their_own():
         ),
         (
             {"loss_weighting": "p2", "loss_weighting_options": {"k": 1e-9, "gamma": 1e9}},
-            r"loss_weighting 'p2' {'k': 1e-09, 'gamma': 1e\+09} cannot be used .* the weight is inf",
+            r"loss_weighting 'p2' {'k': 1e-09, 'gamma': 1000000000.0} cannot be used .* the weight is inf",
         ),
     ],
 )
