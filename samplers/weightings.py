@@ -1,8 +1,8 @@
 """Loss weightings: the table c_t over timesteps on the epsilon-loss, |eps - eps_theta(x_t, t)|^2, filtered or not.
 
 Each function takes a `NoiseSchedule`, some the variances of the data's spectrum too, and returns [T] float64. A
-weighting is an objective: what the model should be good at. Weights for v- or x_0-prediction are the same ones, on the
-loss that `epsilon_loss_scale` converts.
+weighting is an objective: what the model should be good at. Options of which none can be made are refused by name
+(ValueError). Weights for v- or x_0-prediction are the same ones, on the loss that `epsilon_loss_scale` converts.
 """
 
 import torch

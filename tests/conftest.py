@@ -153,7 +153,7 @@ class Run:
 
     def wait(self, exitcode=0):
         """Wait for the end, which must be by this exit code; None for any."""
-        self.process.join(600)
+        self.process.join(300)
         assert exitcode is None or self.process.exitcode == exitcode, self.output
         return self
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -10,7 +11,7 @@ from samplers import PARTS, Method, NoiseSchedule, TimestepSampler, make_timeste
 
 from .options import MethodOptions
 
-WITH_OPTIONS = ("timestep_sampler", "loss_weighting", "error_filter")  # the parts that have a flag for them
+OPTIONS_OF_PARTS = ("timestep_sampler_options", "loss_weighting_options", "error_filter_options")
 
 
 def method_parts(options: MethodOptions) -> dict[str, str | None]:
@@ -23,10 +24,14 @@ def method_of(options: MethodOptions) -> Method:
     return resolve_method(options.method, **method_parts(options))
 
 
+def options_of_parts(options: MethodOptions) -> dict[str, dict[str, Any]]:
+    """{name of the option: {name: value}, as given} of a method's parts."""
+    return {name: dict(getattr(options, name)) for name in OPTIONS_OF_PARTS}
+
+
 def flags_of_parts(options: MethodOptions) -> list[str]:
-    """The options of a method's parts, as flags; none of those that are as the parts have them."""
-    given = {f"{name}_options": getattr(options, f"{name}_options") for name in WITH_OPTIONS}
-    return [f"--{name} {json.dumps(dict(some))}" for name, some in given.items() if some]
+    """These as flags; none where nothing was given."""
+    return [f"--{name} {json.dumps(given)}" for name, given in options_of_parts(options).items() if given]
 
 
 def build_sampler(
@@ -44,8 +49,8 @@ def build_sampler(
     Raises:
         ValueError: names or settings that cannot be used.
     """
-    given = dict(options.timestep_sampler_options)
-    of_others = {name: dict(getattr(options, name)) for name in ("loss_weighting_options", "error_filter_options")}
+    of_others = options_of_parts(options)
+    given = of_others.pop("timestep_sampler_options")
     flag = " ".join([f"--method {options.method}", *flags_of_parts(options)])
     of_the_run = {"seed", "device", "images", "prediction_type", "gradient_accumulation_steps", "low_discrepancy"}
     for name in given.keys() & {*of_the_run, *PARTS, *of_others}:
