@@ -358,6 +358,8 @@ def _made(kind, name, *data, **options):
     try:
         return PARTS[kind][name](*data, **options)
     except TypeError as error:
+        if not options:  # a fault of its own
+            raise
         raise ValueError(f"options {options} of {kind} {name!r}: {error}") from error
 
 
