@@ -33,7 +33,8 @@ from training.network import build_network
 from training.saving import write_json
 
 SCHEDULERS = {"epsilon": DDPMScheduler, "flow": FlowMatchEulerDiscreteScheduler}  # by what the network predicts
-OBJECTIVES = {"epsilon": ("none", "spectral"), "flow": ("flow", "spectral")}  # `spectral` behind the Wiener filter
+OWN = "scaled_logit_normal"  # of `adaptive`, behind its filter
+OBJECTIVES = {"epsilon": ("none", OWN), "flow": ("flow", OWN)}
 BATCH_SIZES = (1, 4)
 SMALL_UNTIL = 400  # draws after which batches are of 100, to save time; so densities are renewed 2,000 draws apart
 
@@ -134,7 +135,7 @@ def errors(network, scheduler, images, timesteps, generator):
 
 
 def sampler_of(predicted, objective, images):
-    parts = {"loss_weighting": objective, "error_filter": "wiener" if objective == "spectral" else "none"}
+    parts = {"loss_weighting": objective, "error_filter": "wiener_ode" if objective == OWN else "none"}
     return make_timestep_sampler(SCHEDULERS[predicted](), "adaptive", images=images[:512], **parts)
 
 

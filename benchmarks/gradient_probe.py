@@ -33,7 +33,7 @@ from training.denoiser import Denoiser
 from training.machine import device_name, this_command
 from training.saving import write_json
 
-OBJECTIVES = ("none", "min_snr", "p2", "bell", "spectral")
+OBJECTIVES = ("none", "min_snr", "p2", "bell", "spectral", "scaled_logit_normal")
 PARTNERS = ("-eps, same image", "-eps", "-mean(eps)", "eps", "unrelated")  # noise of the second; another image
 
 

@@ -261,6 +261,10 @@ def make_timestep_sampler(
     if prediction_type is None:
         read = config.get if isinstance(config, Mapping) else partial(getattr, config)
         prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")
+    if noise_scheduler.noisiest_first and prediction_type in ("epsilon", "v_prediction"):
+        logger.warning(
+            f"the noise schedule is a straight flow's, whose networks predict its velocity, not {prediction_type}"
+        )
     noise_scheduler = noise_scheduler.between(min_timestep, max_timestep)
     if not epsilon_loss_scale(noise_scheduler, prediction_type)[-1]:
         logger.warning(

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,8 @@ class TimestepSampler(DropIn):
         Args:
             batch_size: B, of this process.
             generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
-                All batches of an update are drawn from the state that it had at the first.
+                All batches of an update are drawn from the state that it had at the first, and it moves on by that
+                one alone.
             images: [B, C, H, W] in [-1, 1], that the timesteps are for; most samplers do not look at them.
         """
         rank, world_size = rank_and_world_size()
@@ -161,7 +162,7 @@ class TimestepSampler(DropIn):
         if generator is None:
             generator = self._generator.manual_seed(fold_seed(self.seed, update))
         elif self.gradient_accumulation_steps > 1:
-            self._from_the_update_on(generator, part)
+            generator = self._of_the_update(generator, part)
         if part == 0:
             self._begin_update(update)
         self.num_draws += 1
@@ -170,12 +171,16 @@ class TimestepSampler(DropIn):
         order = self._random_order(len(drawn), generator)[rank::world_size]
         return self._batch_of(drawn[order[part * batch_size : (part + 1) * batch_size]])
 
-    def _from_the_update_on(self, generator, part):
-        """Bring a caller's generator back to where it was at the first of an update's batches."""
+    def _of_the_update(self, generator, part):
+        """A caller's generator at the first of an update's batches; at the others one in the state that it had there:
+        the caller's own, which may draw noise too, goes on."""
         if part == 0:
             self._generator_state = generator.get_state()
-        elif self._generator_state is not None:  # as it is of an update that a reloaded sampler is in the middle of
-            generator.set_state(self._generator_state)
+            return generator
+        if self._generator_state is None:  # of an update that a reloaded sampler is in the middle of
+            return generator
+        self._generator.set_state(self._generator_state)
+        return self._generator
 
     def _begin_update(self, update: int) -> None:
         """The draws of the network's update number `update` come next; for a density that is a schedule of these."""
@@ -267,6 +272,8 @@ class TimestepSampler(DropIn):
         Raises:
             ValueError: `timesteps` are no indices, or `own_losses` are not one for each.
         """
+        if self.error_filter is not mean_squares:
+            warn_of_unused_filter(name_of(self.error_filter))
         return self._in_tables(timesteps, own_losses=own_losses)[1] * own_losses.float()
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
@@ -426,6 +433,15 @@ class TimestepSampler(DropIn):
 
     def _table(self, values):
         return torch.as_tensor(values).float().to(self.device)  # in this order: the device may have no float64
+
+
+@cache
+def warn_of_unused_filter(name: str) -> None:
+    """Once."""
+    logger.warning(
+        f"losses_from: the error filter {name} has no part in a loop's own losses; give the errors to `losses`, or "
+        'make the sampler with error_filter="none"'
+    )
 
 
 def describe_schedule(schedule: NoiseSchedule) -> str:

@@ -80,10 +80,15 @@ class NoiseSchedule:
         """
         inside = (sigmas > 0) & (sigmas <= 1)
         if not inside.all():
+            hint = (
+                "After set_timesteps, a scheduler holds those of sampling, and a last 0: make the timestep sampler "
+                "before that, or from a copy, or state those of training by NoiseSchedule.of_flow"
+                if inside[:-1].all()
+                else "Is it the schedule of a straight flow?"
+            )
             raise ValueError(
                 f"{named}: its sigmas must be in (0, 1], as those of training a flow are, not "
-                f"{float(sigmas[~inside][0]):.4g}. After set_timesteps, a scheduler holds those of sampling: make the "
-                "timestep sampler before that, or from a copy"
+                f"{float(sigmas[~inside][0]):.4g}. {hint}"
             )
         if not (sigmas.diff() < 0).all():
             raise ValueError(f"{named}: its sigmas must fall from each to the next")

@@ -5,16 +5,18 @@ have computed for the same noise and timesteps.
 """
 
 import io
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from tiny_networks import tiny_unet
 from toys import flux, latents, sd3, text, unet_with_text, wan
 
-from samplers import NoiseSchedule, make_timestep_sampler
+from samplers import NoiseSchedule, epsilon_loss_scale, make_timestep_sampler
 
 BATCH_SIZE, ACCUMULATION_STEPS = 2, 2
 T = 1000
@@ -286,6 +288,50 @@ def test_a_restored_sampler_goes_on_with_the_same_draws(name):
     for _ in range(2):
         for ours, theirs in zip(sampler.sample(BATCH_SIZE), restored.sample(BATCH_SIZE), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def draws_of_diffusers(scheme, **options):
+    """[N] sigma, as the scripts for SD3 and Flux draw it from a table with the shift 3."""
+    u = compute_density_for_timestep_sampling(scheme, 200_000, **options)
+    return FLOW.sigmas[(u * T).long()]
+
+
+def shifted(sigmas, shift):
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+@pytest.mark.parametrize(
+    ("noise_scheduler", "weighting", "options", "draw"),
+    [
+        (FLOW, "flow", {}, lambda: draws_of_diffusers("none")),
+        (
+            FLOW,
+            "logit_normal",
+            {"m": math.log(3) - 0.4, "s": 0.8},
+            lambda: draws_of_diffusers("logit_normal", logit_mean=0.4, logit_std=0.8),
+        ),
+        (PLAIN_FLOW, "flow", {}, lambda: torch.rand(200_000)),
+        (PLAIN_FLOW, "logit_normal", {"s": 1.3}, lambda: (1.3 * torch.randn(200_000)).sigmoid()),
+        (
+            PLAIN_FLOW,
+            "logit_normal",
+            {"m": math.log(5), "s": 1.3},
+            lambda: shifted((1.3 * torch.randn(200_000)).sigmoid(), 5),
+        ),
+    ],
+)
+def test_the_objective_is_that_of_the_draws_that_it_replaces(noise_scheduler, weighting, options, draw):
+    """The share that each noise level has in the loss of the velocity, by twenty bins: the table of the page."""
+    torch.manual_seed(0)
+    parts = {"loss_weighting": weighting, "loss_weighting_options": options, "error_filter": "none"}
+    sampler = make_timestep_sampler(noise_scheduler, "adaptive", **parts)
+    if not isinstance(noise_scheduler, NoiseSchedule):
+        noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
+    share = sampler.probabilities * sampler.weights * epsilon_loss_scale(noise_scheduler, "flow").float()
+    sigmas = noise_scheduler.sigma / (1 + noise_scheduler.sigma)
+    ours = torch.histogram(sigmas.float(), 20, range=(0.0, 1.0), weight=share).hist
+    theirs = torch.histogram(draw(), 20, range=(0.0, 1.0)).hist / 200_000
+    assert (ours - theirs).abs().sum() < 0.03
 
 
 @pytest.mark.parametrize("name", ["train_dreambooth_lora_sd3", "train_dreambooth_lora_flux"])

@@ -187,3 +187,12 @@ def test_a_generator_of_the_users_own_draws_an_update_as_one_batch(name):
         updates.append(torch.cat([parts.sample(4, generators[1]).timesteps for _ in range(4)]))
         assert torch.equal(updates[-1], expected)
     assert not torch.equal(*updates)
+
+
+def test_a_generator_that_draws_the_noise_too_draws_other_noise_for_each_batch():
+    sampler = make_adapted("uniform", gradient_accumulation_steps=4)
+    generator, noise = torch.Generator().manual_seed(3), []
+    for _ in range(4):
+        sampler.sample(2, generator)
+        noise.append(torch.randn(3, generator=generator))
+    assert len({tuple(values.tolist()) for values in noise}) == 4

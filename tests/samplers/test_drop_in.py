@@ -17,6 +17,7 @@ from sampler_helpers import (
 )
 
 from samplers import METHODS, make_timestep_sampler
+from samplers.base import warn_of_unused_filter
 from samplers.schedule import NoiseSchedule
 
 NONE = {"loss_weighting": "none", "error_filter": "none"}
@@ -80,6 +81,16 @@ def test_own_losses_are_the_samplers_but_for_the_filter(prediction_type):
     errors, timesteps = torch.randn(1000, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(1000)
     own = sampler.losses_from(errors.square().mean((1, 2, 3)), timesteps)
     torch.testing.assert_close(own, sampler.losses(errors, timesteps), rtol=1e-5, atol=0)
+
+
+def test_that_the_filter_has_no_part_in_own_losses_is_said_once(caplog):
+    warn_of_unused_filter.cache_clear()
+    for error_filter in ("none", "wiener_ode"):
+        sampler, t = make_sampler("adaptive", error_filter=error_filter), torch.arange(8)
+        caplog.clear()
+        for _ in range(2):
+            sampler.losses_from(torch.ones(8), t)
+        assert caplog.text.count("error filter WienerFilter has no part") == (error_filter != "none")
 
 
 def test_own_losses_of_the_velocity_train_the_loops_own_objective_by_the_best_density():

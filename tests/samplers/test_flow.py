@@ -295,7 +295,7 @@ def test_samplers_of_flows_with_the_table_of_another_process_are_refused(kind):
     ("sigmas", "message"),
     [
         ([1.0, 0.5, 0.0], r"sigmas must be in \(0, 1\].*set_timesteps"),
-        ([80.0, 1.0, 0.1], r"must be in \(0, 1\].*not 80"),
+        ([80.0, 1.0, 0.1], r"must be in \(0, 1\].*not 80. Is it the schedule of a straight flow\?"),
         ([0.1, 0.5, 0.9], "must fall"),
         ([1.0], "at least 2, not 1"),
     ],
@@ -305,6 +305,12 @@ def test_sigmas_that_are_no_flow_are_refused(sigmas, message):
     scheduler.sigmas = torch.tensor(sigmas)
     with pytest.raises(ValueError, match=message):
         make_timestep_sampler(scheduler, "ddpm")
+
+
+@pytest.mark.parametrize(("predicted", "said"), [("epsilon", True), ("v_prediction", True), ("flow", False)])
+def test_what_a_flows_network_hardly_predicts_is_said(predicted, said, caplog):
+    make_timestep_sampler(flow(), "ddpm", prediction_type=predicted)
+    assert (f"predict its velocity, not {predicted}" in caplog.text) == said
 
 
 def test_schedulers_of_sampling_and_of_another_process_are_refused():
