@@ -276,6 +276,20 @@ def test_the_average_of_weights_is_that_of_diffusers():
     assert ours.cur_decay_value == theirs.cur_decay_value == pytest.approx(19 / (19 + 18))
 
 
+def test_an_average_goes_on_by_the_flags_of_the_run_that_resumes_it():
+    weights = torch.nn.ParameterList([torch.ones(3)])
+    first = build_average(TrainingOptions(), weights)
+    for _ in range(5):
+        first.step(weights)
+    with torch.no_grad():
+        weights[0].mul_(2)
+    for flags, decay in (({"ema_power": 0.75, "ema_inv_gamma": 1.0}, 1 - 6**-0.75), ({"use_ema": False}, 0.0)):
+        resumed = build_average(TrainingOptions(**flags), weights)
+        resumed.load_state_dict(first.state_dict())
+        resumed.step(weights)
+        torch.testing.assert_close(resumed.shadow_params[0], torch.full((3,), 2 - decay))
+
+
 def test_bf16_trains(train):
     run = train("run", "--mixed_precision", "bf16", "--max_train_steps", 8).wait()
     assert weights(run.folder)["conv_in.weight"].dtype == torch.float32

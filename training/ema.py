@@ -15,6 +15,9 @@ from .nonfinite import check_finite
 from .sharding import full_tensor, placed_like
 
 
+SETTINGS = ("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+
+
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, whose state is that of whole tensors even where the weights are sharded (FSDP2), so that
     `accelerator.register_for_checkpointing` saves it once and any number of processes can take it up."""
@@ -30,9 +33,10 @@ class WeightAverage(EMAModel):
         return {**super().state_dict(), "shadow_params": [full_tensor(tensor) for tensor in self.shadow_params]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `EMAModel`'s; the average stays on the devices, and in the shards, where it is."""
+        """As `EMAModel`'s, but for the settings, which stay those that it was made with, by this run's flags. The average
+        stays on the devices, and in the shards, where it is."""
         placed = self.shadow_params
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict | {name: getattr(self, name) for name in SETTINGS})
         self.shadow_params = [placed_like(new, old) for new, old in zip(self.shadow_params, placed, strict=True)]
 
 
