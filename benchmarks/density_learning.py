@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from new_outputs import check_new_record
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from new_outputs import check_new_record
+
 from images import open_images
 from recipes import one_line_errors
 from samplers import NoiseSchedule, epsilon_loss_scale, make_timestep_sampler
