@@ -14,7 +14,6 @@ from .network import class_of
 from .nonfinite import check_finite
 from .sharding import full_tensor, placed_like
 
-
 SETTINGS = ("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
@@ -33,8 +32,8 @@ class WeightAverage(EMAModel):
         return {**super().state_dict(), "shadow_params": [full_tensor(tensor) for tensor in self.shadow_params]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `EMAModel`'s, but for the settings, which stay those that it was made with, by this run's flags. The average
-        stays on the devices, and in the shards, where it is."""
+        """As `EMAModel`'s, but for the settings, which stay those that it was made with, by this run's flags. The
+        average stays on the devices, and in the shards, where it is."""
         placed = self.shadow_params
         super().load_state_dict(state_dict | {name: getattr(self, name) for name in SETTINGS})
         self.shadow_params = [placed_like(new, old) for new, old in zip(self.shadow_params, placed, strict=True)]
