@@ -153,8 +153,8 @@ class TimestepSampler(DropIn):
         Args:
             batch_size: B, of this process.
             generator: a `torch.Generator` on `device`, in the same state on all ranks; the sampler's own by default.
-                All batches of an update are drawn from the state that it had at the first, and it moves on by that
-                one alone.
+                All batches of an update are drawn from the state that it had at the first, and the draws of that
+                one alone move it on. Of several processes each needs another one for its noise.
             images: [B, C, H, W] in [-1, 1], that the timesteps are for; most samplers do not look at them.
         """
         rank, world_size = rank_and_world_size()

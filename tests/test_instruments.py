@@ -59,9 +59,10 @@ found, folder = sys.path[1:], Path(sys.argv[1])
 for script in sorted(folder.glob("*.py")):
     if "__main__" in script.read_text():
         sys.path[:] = [str(folder), *found]
-        own = [n for n, m in sys.modules.items() if str(folder.parent) in str(getattr(m, "__file__", "") or "")]
-        for name in own:
-            del sys.modules[name]
+        for name, module in [*sys.modules.items()]:
+            file = str(getattr(module, "__file__", None) or "")
+            if file.startswith(f"{folder.parent}/") and not file.startswith(sys.prefix):  # an environment may be inside
+                del sys.modules[name]
         importlib.import_module(script.stem)
         print(script.stem)
 """
