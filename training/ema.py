@@ -14,8 +14,6 @@ from .network import class_of
 from .nonfinite import check_finite
 from .sharding import full_tensor, placed_like
 
-SETTINGS = ("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
-
 
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, whose state is that of whole tensors even where the weights are sharded (FSDP2), so that
@@ -35,7 +33,7 @@ class WeightAverage(EMAModel):
         """As `EMAModel`'s, but for the settings, which stay those that it was made with, by this run's flags. The
         average stays on the devices, and in the shards, where it is."""
         placed = self.shadow_params
-        super().load_state_dict(state_dict | {name: getattr(self, name) for name in SETTINGS})
+        super().load_state_dict({name: state_dict[name] for name in ("optimization_step", "shadow_params")})
         self.shadow_params = [placed_like(new, old) for new, old in zip(self.shadow_params, placed, strict=True)]
 
 
