@@ -51,11 +51,12 @@ def summarise(results: dict[str, Any]) -> dict[str, Summary]:
     return entrants
 
 
-def baseline(results: dict[str, Any]) -> str | None:
-    """The entrant over which speed-ups are: the one that the results name, or the first that is plain DDPM."""
+def baseline(results: dict[str, Any]) -> str:
+    """The entrant over which speed-ups are: the one that the results name, or the first that is plain DDPM, or else the
+    one that has its name and options of its own, as a learning rate is."""
     if "baseline" in results:
         return results["baseline"]
-    return next((name for name, entrant in results["entrants"].items() if entrant["options"] == PLAIN), None)
+    return next((name for name, entrant in results["entrants"].items() if entrant["options"] == PLAIN), "ddpm")
 
 
 def curve(runs: list[dict[str, Any]], kind: str, stops: list[float], samplers: list[str]) -> Curve:

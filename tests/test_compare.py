@@ -116,6 +116,12 @@ def test_the_baseline_is_plain_ddpm_by_whatever_name():
     assert any("`uniform` first had its final mean score" in line for line in table_of(results))
 
 
+def test_ddpm_with_a_learning_rate_of_its_own_is_the_baseline_where_no_other_is():
+    results = json.loads(json.dumps(RESULTS))
+    results["entrants"]["ddpm"]["options"]["learning_rate"] = 8e-3
+    assert table_of(results) == table_of(RESULTS)
+
+
 def test_the_table_ranks_entrants_and_names_failures():
     lines = table_of(RESULTS)
     assert lines[0] == "## Equal time"
