@@ -15,7 +15,8 @@ CONFIGS = REPOSITORY / "configs"
 RACES = sorted(path for path in (CONFIGS / "races").rglob("*.yaml") if path.stem != "base")
 every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 RACED = {
-    "ablation": ["cifar10_16x16", "digits"],
+    "ablation": ["cifar10_16x16", "digits_dit"],
+    "learning_rate": ["cifar10_16x16", "cifar10_dit", "digits_dit"],
     "methods": ["cifar10_16x16", "digits_dit"],
     "strongest": [
         "cifar10",
@@ -49,8 +50,11 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
     tiny_vae(3, 4).save_pretrained("runs/vae_cifar10_f4")  # which a user has trained before a race in its latents
     options, entrants = planned(path.parent.name, path.stem)
     assert list(entrants) == options.methods
-    assert options.score_samplers == ["ddpm", "ddim"]
-    assert len(options.seeds) >= 3
+    if path.parent.name == "learning_rate":  # a search, which no race reports
+        assert max(options.seeds) < 1000
+    else:
+        assert options.score_samplers == ["ddpm", "ddim"]
+        assert len(options.seeds) >= 3 and min(options.seeds) >= 1000
     assert options.output_dir.removeprefix("runs/races/") in (path.stem, f"{path.parent.name}_{path.stem}")
 
 
@@ -60,10 +64,10 @@ def test_no_two_races_share_a_folder():
 
 
 def test_a_recipe_takes_back_the_images_that_it_inherits_by_null(tmp_path):
-    inherited = CONFIGS / "races" / "strongest" / "digits_dit.yaml"
+    inherited = CONFIGS / "races" / "strongest" / "cifar10_dit.yaml"
     path = tmp_path / "in_time.yaml"
     path.write_text(f"inherits: {inherited}\ncompare:\n  score_at_images: null\n")
-    assert set(planned("strongest", "digits_dit")[0].ladders) == {"seconds", "images"}
+    assert set(planned("strongest", "cifar10_dit")[0].ladders) == {"seconds", "images"}
     assert set(read_command_line(["--config", str(path)])[0].ladders) == {"seconds"}
 
 
@@ -79,7 +83,6 @@ def test_a_race_is_one_on_the_data_and_the_network_of_the_recipe_that_it_inherit
         "dit",
         "vae",
         "train_batch_size",
-        "learning_rate",
         "adam_beta1",
     ):
         assert getattr(raced, name) == getattr(plain, name), name
@@ -103,8 +106,18 @@ def test_the_families_of_edm_and_of_the_flow_race_with_v_and_their_own_schedules
         assert entrants[name].options["prediction_type"] == "v_prediction"
 
 
+def test_the_search_for_the_learning_rate_has_each_method_by_five():
+    _, entrants = planned("learning_rate", "cifar10_16x16")
+    rates = {}
+    for name, entrant in entrants.items():
+        method, _, rate = name.rpartition("_")
+        assert entrant.options["learning_rate"] == float(rate)
+        rates.setdefault(method, set()).add(float(rate))
+    assert set(map(frozenset, rates.values())) == {frozenset({1e-3, 2e-3, 4e-3, 8e-3, 16e-3})}
+
+
 def test_entrants_are_made_of_what_their_options_say():
-    options, entrants = planned("ablation", "digits")
+    options, entrants = planned("ablation", "digits_dit")
     assert entrants["uniform"].parts == METHODS["ddpm"]._asdict()
     no_density = METHODS["adaptive"]._replace(timestep_sampler="uniform", noise_coupling="independent")
     assert entrants["objective"].parts == no_density._asdict()
