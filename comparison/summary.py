@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-PLAIN = {"method": "ddpm"}  # speed-ups are over the entrant with these options, where it takes part
+PLAIN = {"method": "ddpm"}  # speed-ups are over the entrant with these options, else over `ddpm`
 UNITS = {"seconds": "s", "images": "images"}
 SAMPLED_BY = {"ddpm": "", "ddim": " by DDIM"}  # in a column's title; other ways have their own name there
 HEADINGS = {"seconds": "Equal time", "images": "Equal images"}
@@ -52,8 +52,8 @@ def summarise(results: dict[str, Any]) -> dict[str, Summary]:
 
 
 def baseline(results: dict[str, Any]) -> str:
-    """The entrant over which speed-ups are: the one that the results name, or the first that is plain DDPM, or else the
-    one that has its name and options of its own, as a learning rate is."""
+    """The entrant over which speed-ups are: the one that the results name, or the first that is plain DDPM, or else
+    `ddpm`, with whatever options (a learning rate of its own, say), if that takes part."""
     if "baseline" in results:
         return results["baseline"]
     return next((name for name, entrant in results["entrants"].items() if entrant["options"] == PLAIN), "ddpm")

@@ -120,6 +120,8 @@ def test_ddpm_with_a_learning_rate_of_its_own_is_the_baseline_where_no_other_is(
     results = json.loads(json.dumps(RESULTS))
     results["entrants"]["ddpm"]["options"]["learning_rate"] = 8e-3
     assert table_of(results) == table_of(RESULTS)
+    results["entrants"]["edm"] = {"options": {"method": "ddpm"}}
+    assert any("`edm` first had its final mean score" in line for line in table_of(results))
 
 
 def test_the_table_ranks_entrants_and_names_failures():

@@ -54,7 +54,8 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
         assert max(options.seeds) < 1000
     else:
         assert options.score_samplers == ["ddpm", "ddim"]
-        assert len(options.seeds) >= 3 and min(options.seeds) >= 1000
+        assert len(options.seeds) >= 3
+        assert min(options.seeds) >= 1000
     assert options.output_dir.removeprefix("runs/races/") in (path.stem, f"{path.parent.name}_{path.stem}")
 
 
