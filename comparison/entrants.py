@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from comparison.options import ComparisonOptions
+from comparison.options import ComparisonOptions, entrant_name
 from pipelines import SCHEDULERS, denoising_steps
 from recipes import did_you_mean, read_options
 from samplers import METHODS
@@ -76,7 +76,14 @@ def plan_entrants(options: ComparisonOptions, training_flags: list[str]) -> dict
             entrants[name] = plan_entrant(name, options, training_flags)
         except ValueError as error:
             raise ValueError(f"--{'variants' if name in options.variants else 'methods'} {name}: {error}") from error
-    return {name: entrants[name] for name in options.methods}
+    chosen = {name: entrants[name] for name in options.methods}
+    if not options.learning_rates:
+        return chosen
+    return {
+        entrant_name(name, rate): entrant._replace(options={**entrant.options, "learning_rate": rate})
+        for name, entrant in chosen.items()
+        for rate in options.learning_rates
+    }
 
 
 def plan_entrant(name: str, options: ComparisonOptions, training_flags: list[str]) -> Entrant:

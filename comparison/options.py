@@ -10,6 +10,7 @@ from recipes import JsonDict, check_ranges, read_options
 from samplers import METHODS
 
 RANGES = {
+    "learning_rates": "(0, inf)",
     "max_train_seconds": "(0, inf)",
     "score_at": "(0, 1]",
     "score_at_images": "[1, 2**53]",
@@ -34,6 +35,10 @@ class ComparisonOptions:
     variants: JsonDict = field(
         default_factory=JsonDict,
         metadata={"help": 'Methods with other options of training, JSON: {"NAME": {"method": ..., OPTION: ...}, ...}.'},
+    )
+    learning_rates: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Each method takes part by each of these, as METHOD_RATE; default: by its own."},
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method has a run with each."})
     max_train_seconds: float | None = HfArg(default=None, help="Of training proper, for each run; default: no limit.")
@@ -70,7 +75,7 @@ class ComparisonOptions:
         for flag in ("methods", "seeds", "score_at", "score_samplers"):
             if not getattr(self, flag):
                 raise ValueError(f"--{flag}: must be given")
-        for flag in ("methods", "seeds", "score_at", "score_at_images", "score_samplers"):
+        for flag in ("methods", "learning_rates", "seeds", "score_at", "score_at_images", "score_samplers"):
             values = getattr(self, flag)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{flag} {' '.join(map(str, values))}: must hold each once")
@@ -80,11 +85,23 @@ class ComparisonOptions:
             raise ValueError(f"--score_at_images {' '.join(map(str, self.score_at_images))}: must rise")
 
     @property
+    def names(self) -> list[str]:
+        """Of those that take part: the methods', or each of them with each learning rate."""
+        if not self.learning_rates:
+            return self.methods
+        return [entrant_name(method, rate) for method in self.methods for rate in self.learning_rates]
+
+    @property
     def ladders(self) -> Ladders:
         """Where each run stops to be scored; seconds in whole milliseconds, as a run's summary has them."""
         seconds = self.max_train_seconds
         stops = {"seconds": [round(share * seconds, 3) for share in self.score_at]} if seconds else {}
         return {**stops, "images": self.score_at_images} if self.score_at_images else stops
+
+
+def entrant_name(method: str, learning_rate: float) -> str:
+    """Under which a method takes part by one learning rate of several."""
+    return f"{method}_{learning_rate}"
 
 
 def read_command_line(argv: list[str]) -> tuple[ComparisonOptions, list[str]]:

@@ -28,6 +28,7 @@ def settings_of(options: ComparisonOptions, training_options: TrainingOptions) -
     return {
         "ladders": options.ladders,
         "score_samplers": options.score_samplers,
+        **({"use_clipped_model_output": True} if "ddim" in options.score_samplers else {}),  # not always so
         **plain_values(training_options, NO_SETTINGS),
     }
 

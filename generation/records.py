@@ -9,7 +9,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 
 from generation.labels import ImageLabels
 from generation.options import GenerationOptions
@@ -47,7 +47,11 @@ def describe_settings(
         "pipeline": str(path.resolve()) if path.is_dir() else options.pipeline,
         "weights": fingerprint(network_of(pipeline)),
         **({"vae": fingerprint(vae)} if (vae := vae_of(pipeline)) is not None else {}),
-        "scheduler": {"class": type(scheduler).__name__, **without_private(json.loads(scheduler.to_json_string()))},
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            **without_private(json.loads(scheduler.to_json_string())),
+            **({"use_clipped_model_output": True} if isinstance(scheduler, DDIMScheduler) else {}),  # not always so
+        },
         **{name: getattr(options, name) for name in SETTINGS},
         **(describe_classes(options, labels) if labels else {}),
         "device": pipeline.device.type,

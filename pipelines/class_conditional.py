@@ -105,8 +105,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         shape = (len(labels), network.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = randn_tensor(shape, generator, device, network.dtype) * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters  # not all schedulers' does
-        options = {"generator": generator} if takes_generator else {}
+        known = inspect.signature(self.scheduler.step).parameters
+        # DDIM's other default steps along a noise that does not belong to the clipped x_0
+        options = {"generator": generator, "use_clipped_model_output": True}
+        options = {name: value for name, value in options.items() if name in known}
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, t)
             output = predict_with_guidance(network, scaled, t, labels, guidance_scale).to(x.dtype)

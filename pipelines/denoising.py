@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """One step of the chain. Python floats, not tensors: they travel with the kernel that uses them.
 
     x̂_0     = clip((x0_x · x_t + x0_output · output) / x0_scale)
-    x_{t-1} = prev_x0 · x̂_0 + prev_x · x_t + prev_output · output + sigma · noise
+    x_{t-1} = prev_x0 · x̂_0 + prev_x · x_t + sigma · noise
     """
 
     timestep: int
@@ -31,7 +31,6 @@ class Step(NamedTuple):
     x0_scale: float
     prev_x0: float
     prev_x: float
-    prev_output: float
     sigma: float
 
 
@@ -43,8 +42,6 @@ def denoise_step(
     if clip is not None:
         x0.clamp_(-clip, clip)
     prev = x0.mul_(step.prev_x0).add_(x, alpha=step.prev_x)
-    if step.prev_output != 0:
-        prev.add_(output, alpha=step.prev_output)
     if noise is not None:
         prev.add_(noise, alpha=step.sigma)
     return prev
@@ -78,7 +75,7 @@ def denoising_steps(
     alpha_bar_prev = torch.where(previous >= 0, table[previous.clamp(min=0)], last)
     x0 = predict_x0(scheduler.config.prediction_type, alpha_bar)
     if ddim:
-        prev = ddim_previous(scheduler.config.prediction_type, alpha_bar, alpha_bar_prev, eta)
+        prev = ddim_previous(alpha_bar, alpha_bar_prev, eta)
     else:
         prev = ddpm_previous(scheduler.config.variance_type, alpha_bar, alpha_bar_prev, timesteps)
     columns = [torch.as_tensor(column).expand(len(timesteps)).tolist() for column in (*x0, *prev)]
@@ -94,19 +91,10 @@ def predict_x0(prediction_type: str, alpha_bar: torch.Tensor) -> Coefficients:
     return 0.0, 1.0, 1.0
 
 
-def predict_epsilon(prediction_type: str, alpha_bar: torch.Tensor) -> Coefficients:
-    """(a, b) such that ε̂ = a · x_t + b · output; from the unclipped x̂_0, as `DDIMScheduler.step` has it."""
-    if prediction_type == "epsilon":
-        return 0.0, 1.0
-    if prediction_type == "v_prediction":
-        return (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
-    return 1 / (1 - alpha_bar).sqrt(), -alpha_bar.sqrt() / (1 - alpha_bar).sqrt()
-
-
 def ddpm_previous(
     variance_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, timesteps: torch.Tensor
 ) -> Coefficients:
-    """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDPM eq. 7, which holds for a sub-sequence as well."""
+    """(prev_x0, prev_x, sigma) of `Step`: DDPM eq. 7, which holds for a sub-sequence as well."""
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     # For fixed_large_log, diffusers takes the square root of log(β_t), which is NaN; what is meant is β_t.
@@ -114,17 +102,19 @@ def ddpm_previous(
     variance = beta if large else ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)
     prev_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
     prev_x = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    return prev_x0, prev_x, 0.0, variance.sqrt() * (timesteps > 0)
+    return prev_x0, prev_x, variance.sqrt() * (timesteps > 0)
 
 
-def ddim_previous(
-    prediction_type: str, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float
-) -> Coefficients:
-    """(prev_x0, prev_x, prev_output, sigma) of `Step`: DDIM eq. 12, with the σ_t(η) of eq. 16."""
+def ddim_previous(alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: float) -> Coefficients:
+    """(prev_x0, prev_x, sigma) of `Step`: DDIM eq. 12, with the σ_t(η) of eq. 16.
+
+    Its direction is the noise that makes x_t of the clipped x̂_0, (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t), as in ADM's code, and
+    in diffusers by `use_clipped_model_output=True`. By default diffusers keeps the network's own, which no longer
+    belongs to the x̂_0: networks of ε, whose x̂_0 is clipped most, then sample far worse, and all the worse by more steps.
+    """
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
-    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
-    epsilon_x, epsilon_output = predict_epsilon(prediction_type, alpha_bar)
-    return alpha_bar_prev.sqrt(), direction * epsilon_x, direction * epsilon_output, sigma
+    prev_x = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() / (1 - alpha_bar).sqrt()
+    return alpha_bar_prev.sqrt() - prev_x * alpha_bar.sqrt(), prev_x, sigma
 
 
 def inference_timesteps(

@@ -293,6 +293,8 @@ def test_of_many_entrants_the_best_and_our_own_are_told_apart():
         (["--max_train_seconds", "0"], ["--max_train_seconds 0.0"]),
         (["--max_train_seconds=1", "max_train_seconds=null"], ["--max_train_seconds or --score_at_images is required"]),
         (["--score_at_images", "128", "64"], ["--score_at_images 128 64: must rise"]),
+        (["--learning_rates", "1e-3", "0"], ["--learning_rates 0.0: must be in (0, inf)"]),
+        (["--learning_rates", "1e-3", "0.001"], ["--learning_rates 0.001 0.001: must hold each once"]),
         (["--score_at_images", "64", "100"], ["--score_at_images 100", "multiple of the 64 images of an update"]),
         (["--score_samplers", "ddpm", "magic"], ["--score_samplers magic", "ddpm, ddim"]),
         (["--score_samplers", "ddim", "ddim"], ["--score_samplers ddim ddim", "each once"]),

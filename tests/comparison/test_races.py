@@ -49,7 +49,7 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     tiny_vae(3, 4).save_pretrained("runs/vae_cifar10_f4")  # which a user has trained before a race in its latents
     options, entrants = planned(path.parent.name, path.stem)
-    assert list(entrants) == options.methods
+    assert list(entrants) == options.names
     if path.parent.name == "learning_rate":  # a search, which no race reports
         assert max(options.seeds) < 1000
     else:
@@ -110,13 +110,13 @@ def test_the_families_of_edm_and_of_the_flow_race_with_v_and_their_own_schedules
 
 
 def test_the_search_for_the_learning_rate_has_each_method_by_five():
-    _, entrants = planned("learning_rate", "cifar10_16x16")
-    rates = {}
-    for name, entrant in entrants.items():
-        method, _, rate = name.rpartition("_")
-        assert entrant.options["learning_rate"] == float(rate)
-        rates.setdefault(method, set()).add(float(rate))
-    assert set(map(frozenset, rates.values())) == {frozenset({1e-3, 2e-3, 4e-3, 8e-3, 16e-3})}
+    options, entrants = planned("learning_rate", "cifar10_16x16")
+    rates = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+    assert list(entrants) == [f"{method}_{rate}" for method in options.methods for rate in rates]
+    by_own, flags = read_command_line(["--config", str(CONFIGS / "races" / "strongest" / "cifar10_16x16.yaml")])
+    own = plan_entrants(by_own, flags)["min_snr"]  # which has a rate of its own there
+    assert own.options["learning_rate"] == 8e-3
+    assert entrants["min_snr_0.002"] == own._replace(options={**own.options, "learning_rate": 2e-3})
 
 
 def test_entrants_are_made_of_what_their_options_say():

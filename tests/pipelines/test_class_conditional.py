@@ -1,5 +1,6 @@
 """Class-conditional pipelines: the formula of guidance, names of classes, and folders that stock diffusers loads."""
 
+import functools
 import json
 import os
 import subprocess
@@ -59,6 +60,20 @@ def test_any_scheduler_and_prediction_type(scheduler, prediction_type):
     assert images.shape == (2, 8, 8, 3)
     assert np.isfinite(images).all()
     assert np.array_equal(images, generate(pipeline))
+
+
+def test_ddim_steps_from_the_clipped_image_as_sample_images_does():
+    pipeline = tiny_conditional_pipeline(DDIMScheduler(num_train_timesteps=20), channels=3)
+    step, asked = pipeline.scheduler.step, []
+
+    @functools.wraps(step)  # with its signature
+    def watched(*tensors, **options):
+        asked.append(options["use_clipped_model_output"])
+        return step(*tensors, **options)
+
+    pipeline.scheduler.step = watched
+    generate(pipeline, num_inference_steps=3)
+    assert asked == [True] * 3
 
 
 def test_the_output_is_of_the_type_asked_for(pipeline):

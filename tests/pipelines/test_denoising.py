@@ -27,6 +27,8 @@ def assert_steps_agree(scheduler, count, monkeypatch, **step_kwargs):
     assert [step.timestep for step in steps] == scheduler.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
+    if isinstance(scheduler, DDIMScheduler):
+        step_kwargs["use_clipped_model_output"] = True
     for step in steps:
         x, output, noise = torch.randn(3, 2, 1, 4, 4, generator=generator)
         for module in (scheduling_ddpm, scheduling_ddim):
@@ -111,6 +113,18 @@ def test_quadratic_step_is_equation_12(eta):
         expected = a_s.sqrt() * x0 + (1 - a_s - sigma**2).sqrt() * output + sigma * noise
         ours = denoise_step(step, x, output, noise, None)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_ddim_steps_along_the_noise_that_belongs_to_the_clipped_image(prediction_type):
+    """Where all of x̂_0 is clipped to c, x_{t-1} = √ᾱ_{t-1} c + √(1 - ᾱ_{t-1}) ε̂ with x_t = √ᾱ_t c + √(1 - ᾱ_t) ε̂."""
+    step = denoising_steps(DDIMScheduler(prediction_type=prediction_type), 2)[0]
+    abar, abar_prev = DDIMScheduler().alphas_cumprod[[step.timestep, step.timestep - 500]]
+    epsilon = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    output = torch.full_like(epsilon, 1e6 if prediction_type == "sample" else -1e6)
+    x = abar.sqrt() + (1 - abar).sqrt() * epsilon
+    expected = abar_prev.sqrt() + (1 - abar_prev).sqrt() * epsilon
+    torch.testing.assert_close(denoise_step(step, x, output, None, 1.0), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ddpm_walks_a_quadratic_subsequence_as_diffusers_walks_custom_timesteps(monkeypatch):
