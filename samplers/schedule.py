@@ -20,6 +20,7 @@ class NoiseSchedule:
     Args:
         alphas_cumprod: [T] float64 on the CPU, abar_t, decreasing in (0, 1]; the last may be 0 (zero terminal SNR).
         noisiest_first: whether the scheduler's own tables begin at the noisy end. The tables here never do.
+        clips: whether sampling clips each x_0 that it predicts to the range of the data, as in pixels.
         part_of: the schedule of which these are the timesteps from `first` on, if they are not all; see `between`.
 
     Raises:
@@ -28,6 +29,7 @@ class NoiseSchedule:
 
     alphas_cumprod: torch.Tensor
     noisiest_first: bool = False
+    clips: bool = False
     part_of: "NoiseSchedule | None" = None
     first: int = 0
 
@@ -41,15 +43,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: object) -> "NoiseSchedule":
-        """Read the schedule of a diffusers scheduler: by its `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), or by its
-        `sigmas` (FlowMatchEulerDiscreteScheduler).
+        """Read the schedule of a diffusers scheduler: by its `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), and its
+        `clip_sample` and `thresholding`; or by its `sigmas` (FlowMatchEulerDiscreteScheduler).
 
         Raises:
             ValueError: the scheduler has neither, T < 2, or the sigmas are not those of training a straight flow.
         """
         alphas_cumprod, sigmas = (getattr(noise_scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
-        kind = type(noise_scheduler).__name__
-        if alphas_cumprod is not None and getattr(getattr(noise_scheduler, "config", None), "use_flow_sigmas", False):
+        kind, config = type(noise_scheduler).__name__, getattr(noise_scheduler, "config", None)
+        if alphas_cumprod is not None and getattr(config, "use_flow_sigmas", False):
             raise ValueError(
                 f"{kind} with use_flow_sigmas has no table to train a flow by, but the `alphas_cumprod` of another "
                 "process: give FlowMatchEulerDiscreteScheduler(shift=...), by which the training adds noise"
@@ -62,7 +64,9 @@ class NoiseSchedule:
         table = torch.as_tensor(sigmas if alphas_cumprod is None else alphas_cumprod).detach().cpu().double()
         if len(table) < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, not {len(table)}")
-        return cls(table) if alphas_cumprod is not None else cls.of_flow(table, kind)
+        if alphas_cumprod is None:
+            return cls.of_flow(table, kind)
+        return cls(table, clips=any(getattr(config, name, False) for name in ("clip_sample", "thresholding")))
 
     @classmethod
     def of_flow(cls, sigmas: torch.Tensor, named: str = "the schedule") -> "NoiseSchedule":

@@ -91,22 +91,26 @@ def logit_normal(schedule: NoiseSchedule, m: float = 0.0, s: float = 1.0, sigma_
 
 
 def scaled_logit_normal(
-    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, noise_fraction: float = 0.3
+    schedule: NoiseSchedule, variances: torch.Tensor, s: float = 0.7, noise_fraction: float | None = None
 ) -> torch.Tensor:
     """c_t = (1 - f) b_t / mean(b) + f r_t^2 / (1 + r_t^2), r_t = sigma_t / sigma_data, b the bell of `logit_normal`.
 
     The bell lies about the noise level at which noise is as strong as the data; f of the objective is the noise's share
     of what the network sees. sigma_data^2 is the data's variance: SD3's objective is for latents of variance 1, and
     pixels in [-1, 1] have about a quarter of that. How much a noise level counts in the bell depends on its ratio to
-    the data alone, but for the mean, on no schedule and on no resolution. The second part counts timesteps. It is for
-    networks of eps: one that nothing has trained at high noise fails where sampling begins, and by the ODE nothing
-    repairs that. In the loss of v or of a velocity it is about a tenth in all, and next to nothing there.
+    the data alone, but for the mean, on no schedule and on no resolution.
+
+    The second part counts timesteps. It is for networks of eps: at high noise the x_0 of one that nothing has trained
+    there is of any size. Where sampling clips x_0 to the range of the data, that does no harm, and f is best at 0. In
+    the loss of v or of a velocity the part is about a tenth in all, and next to nothing at high noise.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
         s: the bell's width, of which 1 is SD3's.
-        noise_fraction: f, in [0, 1].
+        noise_fraction: f, in [0, 1]; by default 0 where sampling clips (`schedule.clips`), and 0.3 elsewhere.
     """
+    if noise_fraction is None:
+        noise_fraction = 0.0 if schedule.clips else 0.3
     check_fractions(noise_fraction=noise_fraction)
     sigma_data = float(variances.mean().sqrt())
     bell = logit_normal(schedule, s=s, sigma_data=sigma_data)

@@ -196,11 +196,14 @@ def test_on_the_loss_of_the_scaled_datas_velocity_the_objective_is_a_bell_about_
     np.testing.assert_allclose(at, 0.5, atol=0.01)
 
 
-def test_by_ddpms_tables_some_of_the_objective_is_left_where_sampling_begins_and_none_without_noise():
-    c = make_timestep_sampler(DDPMScheduler(), images=images_of(16)).loss_weights
-    assert float(c[-1]) == pytest.approx(0.3, abs=1e-3)
-    assert float(c[0]) < 1e-3
-    assert 0.9 < float(c.mean()) <= 1.0
+@pytest.mark.parametrize(
+    ("bounds", "left"), [({"clip_sample": False}, 0.3), ({}, 0.0), ({"clip_sample": False, "thresholding": True}, 0.0)]
+)
+def test_where_sampling_begins_the_objective_has_a_part_unless_each_image_is_clipped_there(bounds, left):
+    c = make_timestep_sampler(DDPMScheduler(**bounds), images=images_of(16)).loss_weights
+    assert float(c[-1]) == pytest.approx(left, abs=1e-3)
+    assert float(c[0]) < 2e-3
+    assert 0.9 < float(c.mean()) <= 1.00001
 
 
 @pytest.mark.parametrize(("prediction_type", "share"), [("epsilon", 0.26), ("v_prediction", 0.1)])
