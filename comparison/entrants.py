@@ -70,24 +70,26 @@ def plan_entrants(options: ComparisonOptions, training_flags: list[str]) -> dict
     Raises:
         ValueError: naming the variant, or the method, that cannot be trained.
     """
-    entrants = {}
-    for name in dict.fromkeys([*options.methods, *options.variants]):
+
+    def plan(name, **more):
         try:
-            entrants[name] = plan_entrant(name, options, training_flags)
+            return plan_entrant(name, options, training_flags, **more)
         except ValueError as error:
             raise ValueError(f"--{'variants' if name in options.variants else 'methods'} {name}: {error}") from error
-    chosen = {name: entrants[name] for name in options.methods}
+
+    planned = {name: plan(name) for name in dict.fromkeys([*options.methods, *options.variants])}
     if not options.learning_rates:
-        return chosen
+        return {name: planned[name] for name in options.methods}
     return {
-        entrant_name(name, rate): entrant._replace(options={**entrant.options, "learning_rate": rate})
-        for name, entrant in chosen.items()
+        entrant_name(name, rate): plan(name, learning_rate=rate)
+        for name in options.methods
         for rate in options.learning_rates
     }
 
 
-def plan_entrant(name: str, options: ComparisonOptions, training_flags: list[str]) -> Entrant:
-    """The entrant of that name, tried out on stand-ins for the data. Raises ValueError."""
+def plan_entrant(name: str, options: ComparisonOptions, training_flags: list[str], **more: Any) -> Entrant:
+    """The entrant of that name, tried out on stand-ins for the data; with `more` options in place of its own. Raises
+    ValueError."""
     variant = options.variants.get(name, {})
     if not isinstance(variant, dict):
         raise ValueError(f"{variant!r} must be a mapping of options of training")
@@ -95,6 +97,7 @@ def plan_entrant(name: str, options: ComparisonOptions, training_flags: list[str
     own = {"method": name, **variant} if name in METHODS else variant
     if "method" not in own:
         raise ValueError(f"needs a method, of {', '.join(METHODS)}")
+    own = {**own, **more}
     training, _ = read_options(TrainingOptions, with_default_recipe([*training_flags, *assignments(own)]))
     plan_run(training)
     check_stops(options, training)

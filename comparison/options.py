@@ -38,7 +38,7 @@ class ComparisonOptions:
     )
     learning_rates: list[float] = field(
         default_factory=list,
-        metadata={"help": "Each method takes part by each of these, as METHOD_RATE; default: by its own."},
+        metadata={"help": "Each method takes part by each of these, as adaptive_0.001; default: by its own."},
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method has a run with each."})
     max_train_seconds: float | None = HfArg(default=None, help="Of training proper, for each run; default: no limit.")

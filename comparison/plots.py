@@ -68,9 +68,9 @@ def plot_ranking(score: str, entrants: dict[str, Summary], kind: str, path: Path
     scored = [(name, summary["curves"][kind]) for name, summary in entrants.items() if summary["curves"][kind].means]
     scored.sort(key=lambda item: item[1].means[0])
     figure, axis = plt.subplots(figsize=(7, 1 + 0.22 * len(scored)), layout="constrained")
-    rivals = METHODS.keys() - {"adaptive"}  # adaptive_log_snr is one
+    rivals = tuple(METHODS.keys() - {"adaptive"})  # adaptive_log_snr is one
     for row, (name, curve) in enumerate(scored):
-        colour = "black" if name.startswith("adaptive") and name not in rivals else "tab:blue"
+        colour = "black" if name.startswith("adaptive") and not name.startswith(rivals) else "tab:blue"
         axis.errorbar(curve.means, [row], xerr=[curve.spreads[0] or 0], marker="o", capsize=3, color=colour)
     axis.set_yticks(range(len(scored)), [name for name, _ in scored], fontsize="small")
     axis.invert_yaxis()

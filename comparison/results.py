@@ -28,7 +28,7 @@ def settings_of(options: ComparisonOptions, training_options: TrainingOptions) -
     return {
         "ladders": options.ladders,
         "score_samplers": options.score_samplers,
-        **({"use_clipped_model_output": True} if "ddim" in options.score_samplers else {}),  # not always so
+        **({"use_clipped_model_output": True} if "ddim" in options.score_samplers else {}),
         **plain_values(training_options, NO_SETTINGS),
     }
 
@@ -173,7 +173,8 @@ def check_same_settings(flag: str, results: dict[str, Any], settings: dict[str, 
     Raises:
         ValueError: naming the setting.
     """
-    defaults = plain_values(TrainingOptions(), NO_SETTINGS)
+    # Earlier versions had DDIM's steps along the network's own epsilon
+    defaults = {"use_clipped_model_output": False, **plain_values(TrainingOptions(), NO_SETTINGS)}
     for name, now in settings.items():
         then = results["settings"].get(name, defaults.get(name, now))
         if then != now:

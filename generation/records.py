@@ -9,7 +9,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from generation.labels import ImageLabels
 from generation.options import GenerationOptions
@@ -47,15 +47,18 @@ def describe_settings(
         "pipeline": str(path.resolve()) if path.is_dir() else options.pipeline,
         "weights": fingerprint(network_of(pipeline)),
         **({"vae": fingerprint(vae)} if (vae := vae_of(pipeline)) is not None else {}),
-        "scheduler": {
-            "class": type(scheduler).__name__,
-            **without_private(json.loads(scheduler.to_json_string())),
-            **({"use_clipped_model_output": True} if isinstance(scheduler, DDIMScheduler) else {}),  # not always so
-        },
+        "scheduler": {"class": type(scheduler).__name__, **without_private(json.loads(scheduler.to_json_string()))},
+        # Earlier versions had DDIM's steps along the network's own epsilon
+        **({"use_clipped_model_output": True} if steps_from_the_clipped(scheduler) else {}),
         **{name: getattr(options, name) for name in SETTINGS},
         **(describe_classes(options, labels) if labels else {}),
         "device": pipeline.device.type,
     }
+
+
+def steps_from_the_clipped(scheduler: DDPMScheduler | DDIMScheduler) -> bool:
+    """Whether it matters to the chain that DDIM goes on along the noise of the clipped image."""
+    return isinstance(scheduler, DDIMScheduler) and scheduler.config.clip_sample
 
 
 def describe_classes(options: GenerationOptions, labels: ImageLabels) -> dict[str, Any]:

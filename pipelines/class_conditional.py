@@ -106,7 +106,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = randn_tensor(shape, generator, device, network.dtype) * self.scheduler.init_noise_sigma
         known = inspect.signature(self.scheduler.step).parameters
-        # DDIM's other default steps along a noise that does not belong to the clipped x_0
+        # By default DDIM steps along the network's own noise, which does not belong to the clipped x_0
         options = {"generator": generator, "use_clipped_model_output": True}
         options = {name: value for name, value in options.items() if name in known}
         for t in self.progress_bar(self.scheduler.timesteps):

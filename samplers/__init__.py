@@ -43,7 +43,7 @@ from .loss_second_moment import LossSecondMomentSampler
 from .mode import ModeSampler
 from .noise_coupling import NoiseCoupling, antithetic, immiscible, independent
 from .processes import of_first_rank
-from .schedule import NoiseSchedule, epsilon_loss_scale
+from .schedule import NoiseSchedule, epsilon_loss_scale, in_config
 from .spectrum import Spectrum
 from .speed import SpeeDSampler
 from .uncertainty import UncertaintySampler
@@ -51,7 +51,7 @@ from .uniform import UniformSampler
 from .uniform_flow import UniformFlowSampler
 from .wiener import WienerFilter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,8 @@ def make_timestep_sampler(
             predicts eps (or the velocity of a flow).
         method: a key of `METHODS`.
         images: [N, C, H, W] as the network sees them (in [-1, 1], or latents), a random sample of the training data, a
-            batch or more; needed by the parts in `FROM_IMAGES`, which ours and `info_noise` have.
+            batch or more; needed by the parts in `FROM_IMAGES`, which ours and `info_noise` have. Beyond the range that
+            sampling by this scheduler clips to (`clip_sample`) they are taken for latents, which nothing clips.
         prediction_type: of the network, "epsilon", "v_prediction", "sample" or "flow"; by default what the noise
             scheduler's `config` says, an object or a mapping; where it says nothing, "flow" if the schedule is a
             flow's, else "epsilon".
@@ -254,29 +255,31 @@ def make_timestep_sampler(
         ValueError: an unknown name or option, no images where they are needed or unusable ones, a method that this
             noise schedule does not allow, or fewer than two timesteps between `min_timestep` and `max_timestep`.
     """
-    config = getattr(noise_scheduler, "config", None)
-    if not isinstance(noise_scheduler, NoiseSchedule):
-        noise_scheduler = NoiseSchedule.from_scheduler(noise_scheduler)
+    is_schedule = isinstance(noise_scheduler, NoiseSchedule)
+    schedule = noise_scheduler if is_schedule else NoiseSchedule.from_scheduler(noise_scheduler)
     parts = resolve_method(method, **{kind: options.pop(kind, None) for kind in PARTS})
     if prediction_type is None:
-        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
-        prediction_type = read("prediction_type", "flow" if noise_scheduler.noisiest_first else "epsilon")
-    if noise_scheduler.noisiest_first and prediction_type in ("epsilon", "v_prediction"):
+        default = "flow" if schedule.noisiest_first else "epsilon"
+        prediction_type = in_config(noise_scheduler, "prediction_type", default)
+    if schedule.noisiest_first and prediction_type in ("epsilon", "v_prediction"):
         logger.warning(
             f"the noise schedule is a straight flow's, whose networks predict its velocity, not {prediction_type}"
         )
-    noise_scheduler = noise_scheduler.between(min_timestep, max_timestep)
-    if not epsilon_loss_scale(noise_scheduler, prediction_type)[-1]:
+    spectrum = None
+    if parts.needs_images:
+        spectrum, largest = of_first_rank((_spectrum_for(parts, images), float(images.abs().max())))
+        schedule = _unclipped_beyond(schedule, largest)
+    schedule = schedule.between(min_timestep, max_timestep)
+    if not epsilon_loss_scale(schedule, prediction_type)[-1]:
         logger.warning(
             "no signal is left at the last timestep (zero terminal SNR), where losses of eps say nothing of what a "
             f"network of {prediction_type} predicts: it is not trained there"
         )
-    spectrum = of_first_rank(_spectrum_for(parts, images)) if parts.needs_images else None
     of_weighting, of_filter = dict(loss_weighting_options or {}), dict(error_filter_options or {})
     _check_option_names("loss_weighting", parts.loss_weighting, of_weighting)
     _check_option_names("error_filter", parts.error_filter, of_filter)
-    loss_weights = checked_weights(parts.loss_weighting, noise_scheduler, spectrum, **of_weighting)
-    error_filter = _made("error_filter", parts.error_filter, noise_scheduler, spectrum, device=device, **of_filter)
+    loss_weights = checked_weights(parts.loss_weighting, schedule, spectrum, **of_weighting)
+    error_filter = _made("error_filter", parts.error_filter, schedule, spectrum, device=device, **of_filter)
     image_shape = list(spectrum.variances.shape) if spectrum else None
     fixed = {
         "error_filter": error_filter,
@@ -294,7 +297,7 @@ def make_timestep_sampler(
     if sampler_class.needs_data_variance:
         fixed["data_variance"] = float(spectrum.variances.mean())
     try:
-        return sampler_class(noise_scheduler, loss_weights, **fixed, **options)
+        return sampler_class(schedule, loss_weights, **fixed, **options)
     except TypeError as error:
         named = f"timestep_sampler {parts.timestep_sampler!r}"
         if unknown := re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error)):
@@ -349,6 +352,18 @@ def _spectrum_for(parts, images):
         return Spectrum.of(images)
     except ValueError as error:
         raise ValueError(f"{error} (`images` are for {needed_by}: others need none)") from error
+
+
+def _unclipped_beyond(schedule, largest):
+    """The schedule of sampling that clips nothing, where it would clip images that reach `largest`: DDPMScheduler clips
+    by default, and so does many a one that latents are trained by."""
+    if largest <= 1.1 * schedule.clip_range:  # some more, as resizing overshoots
+        return schedule
+    logger.warning(
+        f"the images reach {largest:.3g}, and sampling by this scheduler would clip them to {schedule.clip_range:g}: "
+        "they are taken for latents; give it clip_sample=False"
+    )
+    return schedule.unclipped()
 
 
 def _with_its_options(coupling, options):

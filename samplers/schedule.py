@@ -1,8 +1,9 @@
 """The noise schedule as every sampler and weighting sees it: tables over the training timesteps."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +21,7 @@ class NoiseSchedule:
     Args:
         alphas_cumprod: [T] float64 on the CPU, abar_t, decreasing in (0, 1]; the last may be 0 (zero terminal SNR).
         noisiest_first: whether the scheduler's own tables begin at the noisy end. The tables here never do.
-        clips: whether sampling clips each x_0 that it predicts to the range of the data, as in pixels.
+        clip_range: the largest |x_0| that sampling lets through, as it clips each that it predicts, in pixels.
         part_of: the schedule of which these are the timesteps from `first` on, if they are not all; see `between`.
 
     Raises:
@@ -29,7 +30,7 @@ class NoiseSchedule:
 
     alphas_cumprod: torch.Tensor
     noisiest_first: bool = False
-    clips: bool = False
+    clip_range: float = math.inf
     part_of: "NoiseSchedule | None" = None
     first: int = 0
 
@@ -50,8 +51,8 @@ class NoiseSchedule:
             ValueError: the scheduler has neither, T < 2, or the sigmas are not those of training a straight flow.
         """
         alphas_cumprod, sigmas = (getattr(noise_scheduler, name, None) for name in ("alphas_cumprod", "sigmas"))
-        kind, config = type(noise_scheduler).__name__, getattr(noise_scheduler, "config", None)
-        if alphas_cumprod is not None and getattr(config, "use_flow_sigmas", False):
+        kind = type(noise_scheduler).__name__
+        if alphas_cumprod is not None and in_config(noise_scheduler, "use_flow_sigmas", False):
             raise ValueError(
                 f"{kind} with use_flow_sigmas has no table to train a flow by, but the `alphas_cumprod` of another "
                 "process: give FlowMatchEulerDiscreteScheduler(shift=...), by which the training adds noise"
@@ -66,7 +67,10 @@ class NoiseSchedule:
             raise ValueError(f"num_train_timesteps must be at least 2, not {len(table)}")
         if alphas_cumprod is None:
             return cls.of_flow(table, kind)
-        return cls(table, clips=any(getattr(config, name, False) for name in ("clip_sample", "thresholding")))
+        if in_config(noise_scheduler, "thresholding", False):  # which goes before clip_sample
+            return cls(table, clip_range=1.0)
+        clips = in_config(noise_scheduler, "clip_sample", False)
+        return cls(table, clip_range=in_config(noise_scheduler, "clip_sample_range", 1.0) if clips else math.inf)
 
     @classmethod
     def of_flow(cls, sigmas: torch.Tensor, named: str = "the schedule") -> "NoiseSchedule":
@@ -129,6 +133,11 @@ class NoiseSchedule:
             self, alphas_cumprod=self.alphas_cumprod[first : last + 1], part_of=self.whole, first=self.first + first
         )
 
+    def unclipped(self) -> "NoiseSchedule":
+        """The same schedule, of sampling that clips nothing."""
+        part_of = None if self.part_of is None else self.part_of.unclipped()
+        return replace(self, clip_range=math.inf, part_of=part_of)
+
     @property
     def whole(self) -> "NoiseSchedule":
         """The schedule of all the scheduler's timesteps."""
@@ -183,6 +192,12 @@ class NoiseSchedule:
     def alphas_cumprod_slope(self) -> torch.Tensor:
         """[T] d(abar_t)/dt, per timestep; negative."""
         return torch.gradient(self.alphas_cumprod)[0]
+
+
+def in_config(noise_scheduler: object, name: str, default: Any) -> Any:
+    """What the scheduler's `config`, an object or a mapping, has under a name; where it has nothing, the default."""
+    config = getattr(noise_scheduler, "config", None)
+    return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
 def epsilon_loss_scale(schedule: NoiseSchedule, prediction_type: PredictionType) -> torch.Tensor:

@@ -5,6 +5,8 @@ weighting is an objective: what the model should be good at. Options of which no
 (ValueError). Weights for v- or x_0-prediction are the same ones, on the loss that `epsilon_loss_scale` converts.
 """
 
+import math
+
 import torch
 
 from .checks import check_fractions, check_positive
@@ -101,16 +103,16 @@ def scaled_logit_normal(
     the data alone, but for the mean, on no schedule and on no resolution.
 
     The second part counts timesteps. It is for networks of eps: at high noise the x_0 of one that nothing has trained
-    there is of any size. Where sampling clips x_0 to the range of the data, that does no harm, and f is best at 0. In
-    the loss of v or of a velocity the part is about a tenth in all, and next to nothing at high noise.
+    there is of any size. Where sampling clips x_0 to the range of the data, that did no harm, and f = 0 trained best.
+    In the loss of v or of a velocity the part is about a tenth in all, and next to nothing at high noise.
 
     Args:
         variances: [K] s_i^2, of a `Spectrum`.
         s: the bell's width, of which 1 is SD3's.
-        noise_fraction: f, in [0, 1]; by default 0 where sampling clips (`schedule.clips`), and 0.3 elsewhere.
+        noise_fraction: f, in [0, 1]; by default 0 where sampling clips (`schedule.clip_range`), and 0.3 elsewhere.
     """
     if noise_fraction is None:
-        noise_fraction = 0.0 if schedule.clips else 0.3
+        noise_fraction = 0.0 if schedule.clip_range < math.inf else 0.3
     check_fractions(noise_fraction=noise_fraction)
     sigma_data = float(variances.mean().sqrt())
     bell = logit_normal(schedule, s=s, sigma_data=sigma_data)

@@ -53,6 +53,8 @@ RACES = {  # the columns of the README's table
     "race_digits_dit": ("FD at 32 s", "FD at 64 s"),
 }
 OTHER_RACES = (
+    "race_three_tenths_cifar10_unet",
+    "race_three_tenths_digits_dit",
     "race_strongest_cifar10_16x16",
     "race_strongest_digits_dit",
     "race_methods_digits_dit",

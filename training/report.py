@@ -125,6 +125,8 @@ from diffusers import {kind}
 pipeline = {call}{comment}
 image = pipeline({arguments}).images[0]
 ```"""
+    if not options.vae and kind == "DDPMPipeline":
+        usage += "\n\nIn a `DDIMPipeline` it needs `use_clipped_model_output=True`."
     if not classes:
         return usage
     return f"{usage}\n\nClasses: {', '.join(classes[:MOST_CLASSES])}{', ...' if len(classes) > MOST_CLASSES else '.'}"

@@ -102,6 +102,20 @@ def test_a_comparison_is_gone_on_with_on_its_device_alone_and_other_versions_are
     assert message in capsys.readouterr().err
 
 
+def test_scores_by_ddim_of_an_earlier_version_are_refused_as_it_had_other_steps(write_results):
+    score_samplers = {"score_samplers": ["ddpm", "ddim"]}
+    settings = settings_of(
+        ComparisonOptions(output_dir="here", max_train_seconds=1, **score_samplers), TrainingOptions()
+    )
+    assert settings["use_clipped_model_output"]
+    earlier = {name: value for name, value in settings.items() if name != "use_clipped_model_output"}
+    folder = write_results(settings=earlier)
+    with pytest.raises(ValueError, match="its use_clipped_model_output is False, not True"):
+        joined_results(folder, RESULTS | {"settings": settings})
+    by_ddpm = settings_of(ComparisonOptions(output_dir="here", max_train_seconds=1), TrainingOptions())
+    joined_results(write_results(settings=by_ddpm), RESULTS | {"settings": by_ddpm})
+
+
 def test_every_command_that_a_comparison_was_given_is_noted_once(tmp_path, monkeypatch):
     for call in ("a.yaml", "a.yaml", "b.yaml"):
         monkeypatch.setattr("sys.argv", ["compare.py", "--config", call])

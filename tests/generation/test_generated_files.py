@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -77,6 +78,16 @@ def test_record_tells_how_the_images_were_made(saved, tmp_path):
     assert settings["scheduler"]["class"] == "DDIMScheduler"
     assert settings["scheduler"]["num_train_timesteps"] == 20
     assert settings["pipeline"] == str(saved)
+
+
+def test_images_by_ddims_earlier_steps_are_not_mixed_with_todays(saved, tmp_path):
+    folder = run(saved, tmp_path, sampler="ddim")
+    found = record(folder)
+    assert found["settings"].pop("use_clipped_model_output")
+    (folder / "generation.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="use_clipped_model_output was None, now True"):
+        run(saved, tmp_path, sampler="ddim")
+    assert "use_clipped_model_output" not in record(run(saved, tmp_path / "ddpm"))["settings"]
 
 
 def test_default_steps(saved, tmp_path):

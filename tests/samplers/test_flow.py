@@ -218,6 +218,17 @@ def test_what_the_second_part_is_of_the_objective_in_the_networks_own_loss(predi
         assert float(second[-1]) < 1e-4
 
 
+def test_images_beyond_what_sampling_would_clip_are_taken_for_latents(caplog):
+    scheduler, images = DDPMScheduler(), images_of(16)
+    pixels, latents = (make_timestep_sampler(scheduler, images=scale * images) for scale in (1.0, 5.0))
+    assert "reach 5" in caplog.text
+    assert float(pixels.loss_weights[-1]) < 1e-3
+    unclipped = make_timestep_sampler(DDPMScheduler(clip_sample=False), images=5.0 * images)
+    assert torch.equal(latents.loss_weights, unclipped.loss_weights)
+    part = NoiseSchedule.from_scheduler(scheduler).between(500)
+    assert torch.equal(make_timestep_sampler(part, images=5.0 * images).loss_weights, latents.loss_weights[500:])
+
+
 def test_the_objective_of_a_part_is_that_of_the_whole():
     whole, part = (
         make_timestep_sampler(flow(), images=images_of(16), min_timestep=low).loss_weights for low in (None, 875)
