@@ -62,7 +62,7 @@ OTHER_RACES = (
     "race_digits",
 )
 FLOWS = ("race_flow_cifar10_unet", "race_flow_digits_dit")
-ABLATIONS = ("ablation_digits_dit", "ablation_cifar10_16x16", "ablation_digits")
+ABLATIONS = ("ablation_cifar10_unet", "ablation_digits_dit", "ablation_cifar10_16x16", "ablation_digits")
 COMPARISONS = ("race_first_cifar10_16x16", "race_first_digits", "comparison_cifar10_16x16", "comparison_digits")
 TEST_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt pytest pytest-xdist hypothesis ruff "
