@@ -110,7 +110,7 @@ def ddim_previous(alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, eta: fl
 
     Its direction is the noise that makes x_t of the clipped x̂_0, (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t), as in ADM's code, and
     in diffusers by `use_clipped_model_output=True`. By default diffusers keeps the network's own, which no longer
-    belongs to the x̂_0: a network of ε, whose x̂_0 is clipped most, samples far worse so, and one of v in many steps.
+    belongs to the x̂_0: ours of ε, whose x̂_0 is clipped most, sample far worse so, and those of v in many steps.
     """
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
     prev_x = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() / (1 - alpha_bar).sqrt()
