@@ -106,6 +106,8 @@ def images_of(batch_size, seed=0, channels=1, size=8):
 
 
 def weighting_table(name, schedule):
+    """Of `random_images`, which reach beyond what DDPMScheduler clips to: they are taken for latents."""
+    schedule = schedule.unclipped()
     data = [Spectrum.of(random_images()).variances.flatten()] if name in FROM_IMAGES["loss_weighting"] else []
     return LOSS_WEIGHTINGS[name](schedule, *data)
 
