@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from comparison.options import ComparisonOptions, entrant_name
+from comparison.options import ComparisonOptions
 from pipelines import SCHEDULERS, denoising_steps
 from recipes import did_you_mean, read_options
 from samplers import METHODS
@@ -77,14 +77,11 @@ def plan_entrants(options: ComparisonOptions, training_flags: list[str]) -> dict
         except ValueError as error:
             raise ValueError(f"--{'variants' if name in options.variants else 'methods'} {name}: {error}") from error
 
-    planned = {name: plan(name) for name in dict.fromkeys([*options.methods, *options.variants])}
-    if not options.learning_rates:
-        return {name: planned[name] for name in options.methods}
-    return {
-        entrant_name(name, rate): plan(name, learning_rate=rate)
-        for name in options.methods
-        for rate in options.learning_rates
-    }
+    entrants = {name: plan(method, **more) for name, (method, more) in options.entrants.items()}
+    for name in options.variants:
+        if name not in options.methods:
+            plan(name)
+    return entrants
 
 
 def plan_entrant(name: str, options: ComparisonOptions, training_flags: list[str], **more: Any) -> Entrant:

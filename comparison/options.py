@@ -1,5 +1,6 @@
 """The options of compare.py: named, explained and checked."""
 
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -85,11 +86,12 @@ class ComparisonOptions:
             raise ValueError(f"--score_at_images {' '.join(map(str, self.score_at_images))}: must rise")
 
     @property
-    def names(self) -> list[str]:
-        """Of those that take part: the methods', or each of them with each learning rate."""
+    def entrants(self) -> dict[str, tuple[str, dict[str, float]]]:
+        """{name: (method, options in place of its own)} of those that take part: the methods, or each by each rate."""
         if not self.learning_rates:
-            return self.methods
-        return [entrant_name(method, rate) for method in self.methods for rate in self.learning_rates]
+            return {method: (method, {}) for method in self.methods}
+        pairs = itertools.product(self.methods, self.learning_rates)
+        return {f"{method}_{rate}": (method, {"learning_rate": rate}) for method, rate in pairs}
 
     @property
     def ladders(self) -> Ladders:
@@ -97,11 +99,6 @@ class ComparisonOptions:
         seconds = self.max_train_seconds
         stops = {"seconds": [round(share * seconds, 3) for share in self.score_at]} if seconds else {}
         return {**stops, "images": self.score_at_images} if self.score_at_images else stops
-
-
-def entrant_name(method: str, learning_rate: float) -> str:
-    """Under which a method takes part by one learning rate of several."""
-    return f"{method}_{learning_rate}"
 
 
 def read_command_line(argv: list[str]) -> tuple[ComparisonOptions, list[str]]:

@@ -25,7 +25,7 @@ TRAINING_SCRIPT = Path(__file__).parent.parent / "train_adaptive_ddpm.py"
 def begin_runs(runs: dict[str, Run], options: ComparisonOptions) -> list[Run]:
     """The runs that the options ask for, in the order of their turns; those that are not in `runs` yet are added."""
     asked = []
-    for seed, entrant in itertools.product(options.seeds, options.names):
+    for seed, entrant in itertools.product(options.seeds, options.entrants):
         run = runs.setdefault(f"{entrant}-seed{seed}", {"entrant": entrant, "seed": seed, "scores": []})
         if failure := run.pop("failed", None):  # which may have been a full disk: it is tried again
             run.setdefault("failed_before", []).append(failure)

@@ -49,7 +49,7 @@ def test_every_race_can_be_run_as_its_recipe_has_it(path, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     tiny_vae(3, 4).save_pretrained("runs/vae_cifar10_f4")  # which a user has trained before a race in its latents
     options, entrants = planned(path.parent.name, path.stem)
-    assert list(entrants) == options.names
+    assert list(entrants) == list(options.entrants)
     if path.parent.name == "learning_rate":  # a search, which no race reports
         assert max(options.seeds) < 1000
     else:

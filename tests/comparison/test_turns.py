@@ -188,7 +188,7 @@ def test_a_folder_keeps_its_settings_and_others_may_take_part(race):
     race(*IN_TIME, "--methods", "ddpm")
     with pytest.raises(SystemExit) as exit:
         race(*IN_TIME, "--learning_rate", "3")
-    assert f"--output_dir {race.folder / 'out'}: has other settings: its learning_rate is 0.001, not 3.0" in str(
+    assert f"--output_dir {race.folder / 'out'}: has other settings: its learning_rate is 0.004, not 3.0" in str(
         exit.value
     )
     race(*IN_TIME, "--methods", "edm_v", "--variants", '{"edm_v": {"method": "edm"}}', "--seeds", "1")
