@@ -16,7 +16,9 @@ from samplers import METHODS
 matplotlib.use("agg")
 
 COLOURS = plt.get_cmap("tab20").colors
-STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+LINES = ["-", "--", ":"]
+STYLES = cycler(linestyle=LINES) * cycler(color=COLOURS)
+RIVALS = tuple(METHODS.keys() - {"adaptive"})  # adaptive_log_snr is one
 SHOWN = 10  # of more entrants, so many of the best are told apart, and these
 ALWAYS_SHOWN = ("adaptive", "ddpm")
 LABELS = {"seconds": "seconds of training", "images": "images trained on"}
@@ -68,9 +70,8 @@ def plot_ranking(score: str, entrants: dict[str, Summary], kind: str, path: Path
     scored = [(name, summary["curves"][kind]) for name, summary in entrants.items() if summary["curves"][kind].means]
     scored.sort(key=lambda item: item[1].means[0])
     figure, axis = plt.subplots(figsize=(7, 1 + 0.22 * len(scored)), layout="constrained")
-    rivals = tuple(METHODS.keys() - {"adaptive"})  # adaptive_log_snr is one
     for row, (name, curve) in enumerate(scored):
-        colour = "black" if name.startswith("adaptive") and not name.startswith(rivals) else "tab:blue"
+        colour = "black" if is_ours(name) else "tab:blue"
         axis.errorbar(curve.means, [row], xerr=[curve.spreads[0] or 0], marker="o", capsize=3, color=colour)
     axis.set_yticks(range(len(scored)), [name for name, _ in scored], fontsize="small")
     axis.invert_yaxis()
@@ -82,11 +83,16 @@ def plot_ranking(score: str, entrants: dict[str, Summary], kind: str, path: Path
     plt.close(figure)
 
 
+def is_ours(name: str) -> bool:
+    """That an entrant of that name is `adaptive`, by whatever output or learning rate."""
+    return name.startswith("adaptive") and not name.startswith(RIVALS)
+
+
 def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """{name: (what the legend calls it, how its lines look)}, the same in all plots; our own method stands out. Of many
     entrants the best are told apart, by their last mean score, and the others are grey."""
     grey = {"color": "0.8", "linewidth": 1, "zorder": 1}
-    ours = {"adaptive": {"color": "black", "linewidth": 2.5, "zorder": 3, "linestyle": "-"}}
+    ours = ({"color": "black", "linewidth": 2.5, "zorder": 3, "linestyle": line} for line in cycle(LINES))
 
     def last_score(name):
         return min((curve.means[-1] for curve in entrants[name]["curves"].values() if curve.means), default=math.inf)
@@ -97,7 +103,8 @@ def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str,
     labels = dict.fromkeys(others) | dict.fromkeys(others[:1], "others")  # once in the legend
     styles = iter(cycle(STYLES))
     return {
-        name: (labels[name], grey) if name in labels else (name, ours.get(name) or next(styles)) for name in entrants
+        name: (labels[name], grey) if name in labels else (name, next(ours if is_ours(name) else styles))
+        for name in entrants
     }
 
 

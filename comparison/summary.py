@@ -164,7 +164,7 @@ def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
         f"{score} of {images:,} images by {features:,} features is biased upwards: values compare within a table "
         "alone.",
     ]
-    if plain in entrants and any(len(stops) > 1 for stops in results["settings"]["ladders"].values()):
+    if any(shows_speed_up(results, entrants, kind) for kind in results["settings"]["ladders"]):
         lines.append(
             f"Speed-up: the time, or the images, after which `{plain}` first had its final mean score, over those "
             "after which the method had it; ≥ where the first score is already better."
@@ -175,17 +175,16 @@ def notes(results: dict[str, Any], entrants: dict[str, Summary]) -> list[str]:
 
 
 def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) -> str:
-    """The table of one ladder, best last score first; those of equal time say how many images a run had by then.
-    From a single stop there is no speed-up to be read."""
+    """The table of one ladder, best last score first; those of equal time say how many images a run had by then."""
     stops, (first, *others) = results["settings"]["ladders"][kind], results["settings"]["score_samplers"]
     score, any_clipped = results["score"].upper(), any(summary["clipped"] is not None for summary in entrants.values())
     by = {sampler: SAMPLED_BY.get(sampler, f" by {sampler}") for sampler in (first, *others)}
-    shows_images, shows_speed_up = kind == "seconds", len(stops) > 1
+    shows_images, speed_up = kind == "seconds", shows_speed_up(results, entrants, kind)
     header = ["method"]
     for stop in stops:
         header += [f"{score}{by[first]} at {stop_text(stop)} {UNITS[kind]}", *(["images"] if shows_images else [])]
     header += [f"{score}{by[sampler]} at {stop_text(stops[-1])} {UNITS[kind]}" for sampler in others]
-    header += [*(["speed-up"] if shows_speed_up else []), "images/s", *(["clipped"] if any_clipped else []), "seeds"]
+    header += [*(["speed-up"] if speed_up else []), "images/s", *(["clipped"] if any_clipped else []), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, summary in sorted(entrants.items(), key=lambda item: rank(item[1], kind)):
         curve = summary["curves"][kind]
@@ -195,11 +194,17 @@ def section(results: dict[str, Any], entrants: dict[str, Summary], kind: str) ->
         cells += ["–"] * (len(stops) * (1 + shows_images) - len(cells))
         cells += [score_text(*curve.others[sampler]) if sampler in curve.others else "–" for sampler in others]
         rate, clipped = summary["images_per_second"], summary["clipped"]
-        cells += [*([speed_up_text(curve)] if shows_speed_up else []), f"{rate:,.0f}" if rate else "–"]
+        cells += [*([speed_up_text(curve)] if speed_up else []), f"{rate:,.0f}" if rate else "–"]
         cells += [f"{clipped:.1%}" if clipped is not None else "–"] if any_clipped else []
         failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {len(summary['runs'])}{failed} |")
     return "\n".join(lines)
+
+
+def shows_speed_up(results: dict[str, Any], entrants: dict[str, Summary], kind: str) -> bool:
+    """That the table of a ladder has a column of speed-ups: from a single stop none can be read, nor without the
+    baseline, as in a search of learning rates."""
+    return len(results["settings"]["ladders"][kind]) > 1 and baseline(results) in entrants
 
 
 def rank(summary: Summary, kind: str) -> tuple[bool, int, float]:

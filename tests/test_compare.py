@@ -152,6 +152,18 @@ def test_a_single_stop_tells_no_speed_up():
     assert "speed-up" not in "\n".join(table_of(results)).lower()
 
 
+def test_without_the_baseline_there_is_no_speed_up():
+    results = json.loads(json.dumps(RESULTS).replace('"ddpm-seed', '"ddpm_0.001-seed'))
+    for run in results["runs"].values():
+        run["entrant"] = run["entrant"].replace("ddpm", "ddpm_0.001")
+    results["entrants"] = {
+        f"{name}_0.001": {"options": {"method": name, "learning_rate": 0.001}} for name in results["entrants"]
+    }
+    text = "\n".join(table_of(results))
+    assert "`ddpm_0.001`" in text
+    assert "speed-up" not in text.lower()
+
+
 def test_a_stop_that_not_all_seeds_have_reached_is_not_shown_and_ranks_last():
     results = json.loads(json.dumps(RESULTS))
     results["runs"]["adaptive-seed1"]["scores"].pop()
@@ -281,6 +293,14 @@ def test_of_many_entrants_the_best_and_our_own_are_told_apart():
     assert {style["color"] for label, style in looks.values() if not label} == {looks["entrant 10"][1]["color"]}
     few = dict(list(entrants.items())[:20])
     assert [label for label, _ in comparison.plots.looks(few).values()] == list(few)
+
+
+def test_our_own_stand_out_by_whatever_output_and_learning_rate():
+    names = ["adaptive", "adaptive_v", "adaptive_0.001", "adaptive_log_snr", "ddpm_0.001"]
+    entrants = {name: {"curves": {"seconds": Curve([1.0], [1.0], [None], [(1, 1)], {})}} for name in names}
+    styles = {name: style for name, (_, style) in comparison.plots.looks(entrants).items()}
+    assert [name for name in names if styles[name]["color"] == "black"] == names[:3]
+    assert len({styles[name]["linestyle"] for name in names[:3]}) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ RACES = sorted(path for path in (CONFIGS / "races").rglob("*.yaml") if path.stem
 every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 RACED = {
     "ablation": ["cifar10_16x16", "digits_dit"],
-    "learning_rate": ["cifar10_16x16", "cifar10_dit", "digits_dit"],
+    "learning_rate": ["cifar10_16x16", "cifar10_dit", "cifar10_latents", "digits_dit"],
     "methods": ["cifar10_16x16", "digits_dit"],
     "strongest": [
         "cifar10",
