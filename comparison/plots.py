@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullLocator
 
 from comparison.summary import Summary, stop_text
@@ -47,16 +48,21 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
             axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
         axis.set(xlabel=LABELS[kind])
         if stops := stops_of(entrants, kind):  # else all runs failed
-            axis.set(xscale="log", yscale="log")
-            axis.set_xticks(stops, [stop_text(stop) for stop in stops])
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.yaxis.set_major_formatter(PlainLogFormatter())
-            axis.yaxis.set_minor_formatter(PlainLogFormatter())
-        axis.grid(alpha=0.3, which="both")
+            scale_axes(axis, stops)
     axes[0, 0].set(ylabel=score.upper())
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def scale_axes(axis: Axes, stops: list[float]) -> None:
+    """Both axes by their logarithms: the stops of a ladder are what is told of one, plain numbers of the other."""
+    axis.set(xscale="log", yscale="log")
+    axis.set_xticks(stops, [stop_text(stop) for stop in stops])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(PlainLogFormatter())
+    axis.yaxis.set_minor_formatter(PlainLogFormatter())
+    axis.grid(alpha=0.3, which="both")
 
 
 def stops_of(entrants: dict[str, Summary], kind: str) -> list[float]:

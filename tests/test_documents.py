@@ -25,6 +25,7 @@ import feature_extractor
 import flow_matching
 import gradient_probe
 import method_pictures
+import race_pictures
 import rivals_behaviour
 import run_costs
 import sampler_cost
@@ -78,6 +79,7 @@ OPTIONS = {
     "density_learning.py": density_learning.LearningOptions,
     "gradient_probe.py": gradient_probe.ProbeOptions,
     "method_pictures.py": method_pictures.PictureOptions,
+    "race_pictures.py": race_pictures.RacePictureOptions,
     "rivals_behaviour.py": rivals_behaviour.BehaviourArguments,
     "run_costs.py": run_costs.RunCostOptions,
     "swap_test.py": swap_test.SwapOptions,

@@ -1,0 +1,85 @@
+"""The picture of docs/results.md: FD against time in every race, a panel a race, ours and the best rival in colour.
+
+    python benchmarks/race_pictures.py
+
+Drawn from the records in benchmarks/results/, where the command that made each stands beside it. Takes seconds.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comparison.plots import LABELS, LINES, is_ours, scale_axes
+from comparison.summary import Curve, summarise
+
+matplotlib.use("agg")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+COLUMNS = 3
+RACES = {
+    "race_cifar10_unet": "CIFAR-10, U-Net",
+    "race_digits_dit": "digits, transformer",
+    "race_flow_cifar10_unet": "CIFAR-10, U-Net, flow",
+    "race_flow_digits_dit": "digits, transformer, flow",
+}
+
+
+@dataclass
+class RacePictureOptions:
+    """Options of benchmarks/race_pictures.py."""
+
+    output_png: str = field(default=str(REPOSITORY / "docs" / "races.png"), metadata={"help": "The picture."})
+
+
+def main(options: RacePictureOptions) -> None:
+    figure = draw({title: json.loads((RESULTS / name / "results.json").read_text()) for name, title in RACES.items()})
+    figure.savefig(options.output_png, dpi=90)
+    plt.close(figure)
+
+
+def draw(races: dict[str, dict[str, Any]]) -> Figure:
+    """A panel for each of {title: what compare.py has left}."""
+    rows = -(-len(races) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(13, 3.8 * rows), squeeze=False, layout="constrained")
+    for axis, (title, results) in zip(axes.flat, races.items(), strict=False):
+        kind = next(iter(results["settings"]["ladders"]))  # time, where there is one of time
+        curves = {name: summary["curves"][kind] for name, summary in summarise(results).items()}
+        draw_race(axis, curves)
+        axis.set(title=title, xlabel=LABELS[kind], ylabel=results["score"].upper())
+    for axis in axes.flat[len(races) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def draw_race(axis: Axes, curves: dict[str, Curve]) -> None:
+    """Scores along a ladder: ours in black, the rival that is best at its end in colour, the others grey."""
+    stops = max((curve.stops for curve in curves.values()), key=len)
+    finished = [name for name, curve in curves.items() if curve.stops == stops]
+    best_rival = min((name for name in finished if not is_ours(name)), key=lambda name: curves[name].means[-1])
+    lines = cycle(LINES)
+    for name, curve in sorted(curves.items()):
+        if is_ours(name):
+            style = {"color": "black", "linewidth": 2, "zorder": 3, "linestyle": next(lines), "label": name}
+        elif name == best_rival:
+            style = {"color": "tab:orange", "linewidth": 2, "zorder": 2, "label": name}
+        else:
+            style = {"color": "0.75", "linewidth": 1, "zorder": 1}
+        errors = [deviation or 0 for deviation in curve.spreads]
+        axis.errorbar(curve.stops, curve.means, errors, marker="o", markersize=4, capsize=3, **style)
+    scale_axes(axis, stops)
+    axis.legend(fontsize="small")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(RacePictureOptions).parse_args_into_dataclasses()[0])
