@@ -45,7 +45,7 @@ def evaluate(options: EvaluationOptions, argv: Sequence[str]) -> None:
     start = time.perf_counter()
     # Refuse what cannot work before anything takes long
     result_path = check_result(options)
-    check_cache_dir(options.cache_dir)
+    check_cache_dir(options.features_cache_dir)
     inputs = [open_input(options, 1), open_input(options, 2)]
     print_inputs(inputs)
     check_sizes(options, *inputs)
@@ -53,8 +53,8 @@ def evaluate(options: EvaluationOptions, argv: Sequence[str]) -> None:
     check_counts(options, *counts)
     extractor = load_extractor(options.feature_extractor, options.feature_extractor_weights)
     check_rank(options, extractor, *counts)
-    if options.cache_dir is not None:
-        make_cache_dir(Path(options.cache_dir))
+    if options.features_cache_dir is not None:
+        make_cache_dir(Path(options.features_cache_dir))
 
     images1 = read_input(options, 1, inputs[0])
     images2 = read_input(options, 2, inputs[1])
@@ -93,16 +93,16 @@ def check_result(options: EvaluationOptions) -> Path:
 
 
 def check_cache_dir(name: str | None) -> None:
-    """Raise ValueError if --cache_dir cannot be made, before anything is."""
+    """Raise ValueError if --features_cache_dir cannot be made, before anything is."""
     if name is not None and Path(name).exists() and not Path(name).is_dir():
-        raise ValueError(f"--cache_dir {name} is a file, not a folder")
+        raise ValueError(f"--features_cache_dir {name} is a file, not a folder")
 
 
 def make_cache_dir(folder: Path) -> None:
     """Raises ValueError or OSError if nothing can be written there: better now than with the features."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--cache_dir {folder}: no permission to write there")
+        raise ValueError(f"--features_cache_dir {folder}: no permission to write there")
 
 
 if __name__ == "__main__":

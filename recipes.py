@@ -137,8 +137,10 @@ def option_parser(options_class: type) -> HfArgumentParser:
         allow_abbrev=False,
         formatter_class=HelpFormatter,
         description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0],
-        epilog="A single key, or any option, may also be assigned: unet.dropout=0.2 seed=1",
+        epilog="Options may also be given as in a recipe: seed=1",
     )
+    if any(action.type is JsonDict for action in parser._actions):
+        parser.epilog += "; and single keys of those that are JSON: unet.dropout=0.2"
     parser.usage = f"{parser.prog} [--config RECIPE.yaml] [--flag value ...]   (--help lists the flags)"
     return parser
 
@@ -341,9 +343,12 @@ def unrecognized(text: str, names: Iterable[str]) -> ValueError:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of an error: the option whose name is nearest, or nothing where none is near."""
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """The end of an error: the options whose names hold this one as words, nearest first, three at most; else the one
+    whose name is nearest; nothing where none is near."""
+    names = list(names)
+    holding = [other for other in names if f"_{name}_" in f"_{other}_"]
+    close = difflib.get_close_matches(name, holding, 3, cutoff=0) or difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from pipelines import null_label
-from recipes import one_line_errors, parse_options
+from recipes import is_main_process, one_line_errors, parse_options
 from samplers import mean_squares
 from training.clock import PhaseClock
 from training.data import identify, open_batches, read_data
@@ -153,7 +153,10 @@ def train_step(
 
 def command_line(argv: list[str]) -> TrainingOptions:
     """The options of a command line; where it names neither recipe nor other data, those of the embedded digits'."""
-    return parse_options(TrainingOptions, with_default_recipe(argv))
+    words = with_default_recipe(argv)
+    if words != argv and is_main_process():
+        print(f"without --config, and with no other data than digits: {' '.join(words[:2])}", file=sys.stderr)
+    return parse_options(TrainingOptions, words)
 
 
 def with_default_recipe(argv: list[str]) -> list[str]:

@@ -31,7 +31,8 @@ class ComparisonOptions:
     config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/races/.")
     output_dir: str | None = HfArg(default=None, help="Where runs, results.json, the table and the plots go; required.")
     methods: list[str] = field(
-        default_factory=list, metadata={"help": "Methods and variants that take part; default: all of both."}
+        default_factory=list,
+        metadata={"help": "Of the training script's, and of --variants; default: all."},
     )
     variants: JsonDict = field(
         default_factory=JsonDict,
@@ -42,7 +43,9 @@ class ComparisonOptions:
         metadata={"help": "Each method takes part by each of these, as adaptive_0.001; default: by its own."},
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method has a run with each."})
-    max_train_seconds: float | None = HfArg(default=None, help="Of training proper, for each run; default: no limit.")
+    max_train_seconds: float | None = HfArg(
+        default=None, help="Of training proper, for each run; this, or --score_at_images, is required."
+    )
     score_at: list[float] = field(
         default_factory=lambda: [0.125, 0.25, 0.5, 1.0],
         metadata={"help": "Fractions of --max_train_seconds at which runs are scored; the last must be 1."},
@@ -55,7 +58,7 @@ class ComparisonOptions:
         metadata={"help": "ddpm, ddim: what draws the images scored; all but the first for the last scores alone."},
     )
     stop_after: float | None = HfArg(
-        default=None, help="Seconds after which no further training begins; a call comes one stop farther at least."
+        default=None, help="Seconds after which training goes on to no further stop; the same command goes on later."
     )
     join: list[str] = field(default_factory=list, metadata={"help": "Folders of other comparisons to report with it."})
 

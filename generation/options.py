@@ -58,9 +58,13 @@ class SamplingOptions:
     _argument_group_name = "Sampling"
 
     seed: int = HfArg(default=0, help="Names the series of images, in [0, 2**32).")
-    sampler: Literal["ddpm", "ddim"] = HfArg(default="ddpm", help="Need not be the saved one.")
+    sampler: Literal["ddpm", "ddim"] = HfArg(
+        default="ddpm", help="Random steps (ddpm), or fixed ones (ddim, at --eta 0); of any pipeline."
+    )
     num_inference_steps: int | None = HfArg(default=None, help="Default: all trained ones for ddpm, 100 for ddim.")
-    skip_schedule: Literal["uniform", "quadratic"] = HfArg(default="uniform", help="quadratic: more near the image.")
+    skip_schedule: Literal["uniform", "quadratic"] = HfArg(
+        default="uniform", help="Where the steps are; quadratic: more at low noise."
+    )
     eta: float = HfArg(default=0.0, help="ddim only: 0 deterministic to 1 as in DDPM.")
     mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="Autocast of the network.")
     compile: bool = HfArg(default=False, help="torch.compile the network; on a GPU with CUDA graphs.")
@@ -122,6 +126,15 @@ def check_guidance_interval(interval: list[float], guidance_scale: float) -> Non
         raise ValueError(f"{given} needs a --guidance_scale other than 1, which is no guidance")
 
 
+def why_unreadable(folder: Path) -> str:
+    """What is wrong with a pipeline of which a file cannot be found: a phrase."""
+    if not folder.exists():
+        return "there is no such folder, and on the Hugging Face Hub it cannot be read"
+    if (folder / "manifest.json").exists():
+        return "is a checkpoint of training; the pipeline is in the folder above it"
+    return "is not the folder of a whole pipeline"
+
+
 def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[GenerationOptions, ImageLabels | None]:
     """The options, checked against the pipeline's configs, with the default number of steps filled in; and the images'
     classes, None of an unconditional model.
@@ -137,7 +150,11 @@ def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[Gene
     try:
         configs = load_configs(options.pipeline)
         check_variant(options.pipeline, options.variant)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"--pipeline {options.pipeline}: {why_unreadable(Path(options.pipeline))} ({error})"
+        ) from error
+    except (ValueError, NotImplementedError) as error:
         raise ValueError(f"--pipeline {error}") from error
     shape, scheduler = configs.image_shape, configs.scheduler
     if shape[0] not in (1, 3):

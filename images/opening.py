@@ -110,6 +110,6 @@ def _first_resolution(source: Source, on_bad_image: str) -> int:
                 raise bad_images_error(source.name, {i: error}, len(source.images)) from error
             continue
         if width != height:
-            raise ValueError(f"{source.name}: image {i} is {width}x{height}, not square: pass --resolution")
+            raise ValueError(f"{source.name}: image {i} is {width}x{height}, not square: give --resolution")
         return width
     raise ValueError(f"{source.name}: none of the {len(source.images)} images can be decoded")

@@ -61,7 +61,7 @@ def calculate(
             input1=FidelityImages(images1, bar, before=0),
             input2=FidelityImages(images2, bar, before=len(images1)),
             cuda=options.device.startswith("cuda"),
-            cache_root=options.cache_dir,
+            cache_root=options.features_cache_dir,
             feature_extractor_weights_path=extractor.weights_path,
             verbose=False,
             **settings,

@@ -24,7 +24,7 @@ def open_input(options: EvaluationOptions, number: int) -> ImageDataset:
             getattr(options, f"input{number}"),
             dataset_config_name=getattr(options, f"dataset_config_name{number}"),
             split=getattr(options, f"split{number}"),
-            cache_dir=options.dataset_cache_dir,
+            cache_dir=options.cache_dir,
             image_column=getattr(options, f"image_column{number}"),
             resolution=options.resolution,
             image_mode=options.image_mode,

@@ -63,7 +63,9 @@ class ImageOptions:
     resolution: int | None = HfArg(default=None, help="Resize and crop both; default: the size of the first image.")
     image_mode: Literal["RGB", "L"] = HfArg(default="RGB", help="L makes all images grey first.")
     on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
-    dataset_cache_dir: str | None = HfArg(default=None, help="Where downloaded data sets are kept.")
+    cache_dir: str | None = HfArg(
+        default=None, aliases=["--dataset_cache_dir"], help="Where downloaded data sets are kept."
+    )
 
 
 @dataclass
@@ -76,7 +78,9 @@ class FeatureOptions:
     feature_extractor_weights: str | None = HfArg(default=None, help="Inception's; default: downloaded once.")
     batch_size: int = HfArg(default=64, help="Images per forward pass.")
     device: str | None = HfArg(default=None, help="cpu, cuda or cuda:N; default: cuda if there is one.")
-    cache_dir: str | None = HfArg(default=None, help="Where reference features are kept; default: torch-fidelity's.")
+    features_cache_dir: str | None = HfArg(
+        default=None, help="Where reference features are kept; default: torch-fidelity's."
+    )
 
 
 @dataclass

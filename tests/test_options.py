@@ -13,7 +13,9 @@ from recipes import parse_options
 from samplers import resolve_method
 from train_adaptive_ddpm import TrainingOptions, command_line
 from training.network import build_network
+from training.options import BudgetOptions
 from training.plan import plan_run
+from training.report import first_of_budgets
 
 
 def refused(flags, capsys):
@@ -43,6 +45,9 @@ BAD_FLAGS = [
     (["--loss_weighting", "magic"], ["--loss_weighting magic", "bell", "p2"]),
     (["--error_filter", "magic"], ["--error_filter magic", "none", "wiener"]),
     (["--prediction_type", "magic"], ["--prediction_type", "v_prediction"]),
+    (["--ddpm_beta_schedule", "cosine"], ["--ddpm_beta_schedule", "cosine", "squaredcos_cap_v2"]),
+    (["--batch_size", "8"], ["--batch_size", "'eval_batch_size' or 'train_batch_size'"]),
+    (["--lr", "1"], ["--lr;", "'lr_scheduler' or 'lr_warmup_steps'"]),
     (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
     (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "[2, 10**6]"]),
     (["--ddpm_num_inference_steps", "2000"], ["--ddpm_num_inference_steps 2000", "1000"]),
@@ -80,6 +85,36 @@ def test_a_misspelt_flag_is_not_said_to_be_missing(capsys):
     assert "unrecognized arguments: --pipelin; did you mean 'pipeline'?" in capsys.readouterr().err
 
 
+def test_help_tells_of_single_keys_where_an_option_has_them(capsys):
+    for options, has_keys in ((TrainingOptions, True), (GenerationOptions, False)):
+        with pytest.raises(SystemExit):
+            parse_options(options, ["--help"])
+        assert ("unet.dropout=0.2" in capsys.readouterr().out) == has_keys
+
+
+def test_that_a_command_without_a_recipe_has_that_of_the_digits_is_said(capsys):
+    note = "without --config, and with no other data than digits: --config"
+    assert command_line(["--seed", "7"]).output_dir == "runs/digits"
+    assert note in capsys.readouterr().err
+    assert command_line(["--dataset_name", "a/b", "--resolution", "8"]).output_dir == "ddpm-model"
+    assert note not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("budgets", "reason", "steps", "line"),
+    [
+        ({"max_train_steps": 9}, "steps", 9, None),
+        ({"max_train_steps": 9, "num_epochs": 2}, "signal", 3, None),
+        ({"max_train_seconds": 6, "num_epochs": 2}, "seconds", 3, "--max_train_seconds 6, before --num_epochs 2"),
+        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 9, "--max_train_steps 9, before --num_epochs 2"),
+        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 7, "--num_epochs 2, before --max_train_steps 9"),
+    ],
+)
+def test_which_of_several_budgets_came_first_is_said(budgets, reason, steps, line):
+    summary = {"stopped_by": reason, "steps": steps}
+    assert first_of_budgets(BudgetOptions(**budgets), summary) == (line and f"ended by {line}")
+
+
 def test_help_says_of_a_negated_flag_that_it_is_one(capsys):
     with pytest.raises(SystemExit):
         command_line(["--help"])
@@ -92,7 +127,6 @@ BAD_STARTS = [
     (["--dataset_name", "no/such-data"], ["no/such-data"]),
     (["--dataset_name", "/no/such/folder"], ["/no/such/folder"]),
     (["--resolution", "9"], ["--resolution 9", "multiple of 2"]),
-    (["--ddpm_beta_schedule", "magic"], ["--ddpm_beta_schedule", "magic"]),
     (["--unet", '{"no_such_setting": 1}'], ["--unet", "no_such_setting"]),
     (["--unet", '{"block_out_channels": [8, 16, 32]}'], ["--unet"]),
     (["--unet", '{"block_out_channels": 8}'], ["--unet", '"block_out_channels": 8']),

@@ -169,12 +169,19 @@ def test_a_run_can_be_made_longer(train, never_stopped):
 
 def test_latest_without_a_checkpoint_starts_a_run(train, never_stopped):
     run = train("run", "--resume_from_checkpoint", "latest").wait()
+    assert "has no checkpoint; a new run begins" in run.output
     assert_identical(final_state(run.folder), final_state(never_stopped.folder))
 
 
 def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, never_stopped, tmp_path):
     shutil.copytree(never_stopped.folder, tmp_path / "run")
-    back = train("run", "--resume_from_checkpoint", "checkpoint-18", "--learning_rate", 1e-4).wait()
+    flags = ("--resume_from_checkpoint", "checkpoint-18", "--learning_rate", 1e-4)
+    before = contents(tmp_path / "run")
+    refused = train("run", *flags).wait(1)
+    assert "checkpoint-18: is earlier than" in refused.output.splitlines()[-1]
+    assert "--overwrite_output_dir" in refused.output.splitlines()[-1]
+    assert contents(refused.folder) == before
+    back = train("run", *flags, "--overwrite_output_dir").wait()
     assert "checkpoint-24 is discarded" in back.output
     assert "--learning_rate 0.0001, which was 0.001" in back.output
     assert [r["lr"] for r in back.metrics] == [1e-3] * 4 + [1e-4] * 2
@@ -225,7 +232,8 @@ def test_a_life_that_is_killed_at_its_end_is_finished_though_an_earlier_one_had_
     shutil.copytree(never_stopped.folder, tmp_path / "run")
     flags = ("--learning_rate", 1e-4)
     deadly = functools.partial(kill_at, module="training.results", function="save_pipeline", call=1, after=False)
-    train("run", "--resume_from_checkpoint", "checkpoint-18", *flags, tamper=deadly).wait(-signal.SIGKILL)
+    back = ("--resume_from_checkpoint", "checkpoint-18", "--overwrite_output_dir")
+    train("run", *back, *flags, tamper=deadly).wait(-signal.SIGKILL)
     resumed = train("run", "--resume_from_checkpoint", "latest", *flags).wait()
     assert "nothing to train" not in resumed.output
     new, old = (final_state(run.folder)["unet"]["conv_in.weight"] for run in (resumed, never_stopped))

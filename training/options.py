@@ -58,7 +58,9 @@ class RunOptions:
 
     _argument_group_name = "Run"
 
-    config: str | None = HfArg(default=None, help="A recipe (YAML); flags override it. See configs/.")
+    config: str | None = HfArg(
+        default=None, help="A recipe (YAML); flags override it; of digits, default: configs/digits.yaml. See configs/."
+    )
     output_dir: str = HfArg(default="ddpm-model", help="Where the pipeline, samples, logs and checkpoints go.")
     overwrite_output_dir: bool = HfArg(default=False, help="Delete the results of an earlier run in --output_dir.")
     seed: int = HfArg(default=0, help="Of initial weights, data order, noise and timesteps.")
@@ -81,7 +83,9 @@ class DataOptions:
     dataset_config_name: str | None = HfArg(default=None, help="The data set's configuration, if it has several.")
     image_column: str | None = HfArg(default=None, help="Needed only if the data set has several image columns.")
     cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
-    resolution: int | None = HfArg(default=None, help="Images are resized and cropped to it; default: their own size.")
+    resolution: int | None = HfArg(
+        default=None, help="Side of the square they are resized and cropped to; default: their own."
+    )
     image_mode: Literal["auto", "RGB", "L"] = HfArg(default="auto", help="auto: grey (L) if all images are.")
     white_level: float | None = HfArg(
         default=None, help="White in grey images of floats or over 8 bits; default: 65535, for floats 1 or 255."
@@ -89,7 +93,7 @@ class DataOptions:
     random_flip: bool = HfArg(default=False, help="Mirror half of the images, at random.")
     on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
     data_placement: Literal["auto", "device", "memory", "stream"] = HfArg(
-        default="auto", help="Decoded once onto the device or into memory, or decoded by workers as needed."
+        default="auto", help="Decoded images are kept on the GPU (device), in RAM (memory), or decoded anew (stream)."
     )
     dataloader_num_workers: int = HfArg(default=0, help="Processes that decode a streamed data set.")
 
@@ -114,9 +118,13 @@ class ModelOptions:
     noise_scheduler: JsonDict = field(
         default_factory=JsonDict, metadata={"help": "Further DDPMScheduler settings, JSON."}
     )
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(default="epsilon", help="Network's output.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = HfArg(
+        default="epsilon", help="What the network predicts: noise, v, or the image."
+    )
     ddpm_num_steps: int = HfArg(default=1000, help="T, the timesteps of training.")
-    ddpm_beta_schedule: str = HfArg(default="linear", help="As in DDPMScheduler.")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = HfArg(
+        default="linear", help="Of DDPMScheduler; squaredcos_cap_v2 is the cosine."
+    )
 
     @property
     def is_dit(self) -> bool:
@@ -132,7 +140,7 @@ class ClassOptions:
 
     class_conditional: bool = HfArg(default=False, help="Train on labels too, so that a class can be asked for.")
     label_column: str | None = HfArg(default=None, help="The column of labels; default: the one of type ClassLabel.")
-    class_dropout: float = HfArg(default=0.1, help="How often a label is withheld, which guidance needs.")
+    class_dropout: float = HfArg(default=0.1, help="Share of labels withheld, in [0, 1); guidance needs it.")
 
     @property
     def share_of_null_labels(self) -> float:
@@ -154,7 +162,7 @@ class MethodOptions:
     error_filter: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(ERROR_FILTERS)}.")
     noise_coupling: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(NOISE_COUPLINGS)}.")
     timestep_sampler_options: JsonDict = field(
-        default_factory=JsonDict, metadata={"help": "Keyword arguments of sampler and noise coupling, JSON."}
+        default_factory=JsonDict, metadata={"help": 'Those of sampler and noise coupling, JSON: {"k": 2} of speed.'}
     )
     loss_weighting_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": 'Those of the weighting, JSON: {"gamma": 1} of min_snr.'}
@@ -162,7 +170,9 @@ class MethodOptions:
     error_filter_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": 'Those of the filter, JSON: {"plain_fraction": 0.1} of wiener_ode.'}
     )
-    low_discrepancy: bool = HfArg(default=True, help="Equally spaced draws through the inverse CDF.")
+    low_discrepancy: bool = HfArg(
+        default=True, help="Spread a batch's timesteps evenly over the density; false: independent draws."
+    )
 
 
 @dataclass
@@ -266,9 +276,11 @@ class ValidationOptions:
     _argument_group_name = "Loss by timestep on held-out images"
 
     validation_split: str | None = HfArg(
-        default=None, help="A split's name, or the share of the images to hold out (0.05); default: no validation."
+        default=None, help="A split's name, or the share to hold out (0.05); needs --validation_steps; default: none."
     )
-    validation_steps: int | None = HfArg(default=None, help="Updates between two measurements of the loss on it.")
+    validation_steps: int | None = HfArg(
+        default=None, help="Updates between two measurements; needs --validation_split."
+    )
 
 
 @dataclass
@@ -282,7 +294,9 @@ class CheckpointOptions:
     )
     checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
     checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
-    resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's path.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="'latest', or a checkpoint's path; what is later goes by --overwrite_output_dir."
+    )
 
 
 @dataclass
@@ -341,9 +355,9 @@ class TrainingOptions(
         if self.max_train_steps:
             self.check_warmup(self.max_train_steps)
         check_validation(self.validation_split, self.validation_steps)
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
+        if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
             raise ValueError(
-                "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
+                "--overwrite_output_dir would delete what --resume_from_checkpoint latest needs: give one of them"
             )
         if not (self.max_train_steps or self.num_epochs or self.max_train_seconds):
             self.num_epochs = 100

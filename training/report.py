@@ -14,7 +14,7 @@ from .log import TrainingLog
 from .machine import device_name, library_versions
 from .methods import flags_of_parts, method_of
 from .network import network_class
-from .options import TrainingOptions
+from .options import BudgetOptions, TrainingOptions
 from .output import SUMMARY_FILE, OutputDir
 from .saving import replace_file, write_json
 from .state import TrainingState
@@ -170,8 +170,23 @@ def print_summary(options: TrainingOptions, summary: dict[str, Any]) -> None:
     seconds = ", ".join(f"{phase.replace('_', '-')} {value:,.1f} s" for phase, value in summary["seconds"].items())
     print(f"{summary['steps']:,} steps, {summary['images']:,} images; {seconds}")
     print(f"data: {describe_data(summary)}")
+    if ended_by := first_of_budgets(options, summary):
+        print(ended_by)
     print(f"{loading_call(options, options.output_dir)[1]} loads the result")
     if summary["stopped_by"] == "signal":
-        print(f"stopped by a signal; go on with --output_dir {options.output_dir} --resume_from_checkpoint latest")
+        print("stopped by a signal; the same command with --resume_from_checkpoint latest goes on")
     elif options.eval_batch_size:
         print(f"samples: {options.output_dir}/samples/final.png")
+
+
+def first_of_budgets(options: BudgetOptions, summary: dict[str, Any]) -> str | None:
+    """Which of several budgets has ended a run, before which others; None of one budget, and of a signal."""
+    budgets = ("max_train_seconds", "max_train_steps", "num_epochs")
+    given = {name: f"--{name} {value:g}" for name in budgets if (value := getattr(options, name))}
+    if len(given) < 2 or summary["stopped_by"] == "signal":
+        return None
+    if summary["stopped_by"] == "seconds":
+        first = "max_train_seconds"
+    else:
+        first = "max_train_steps" if summary["steps"] == options.max_train_steps else "num_epochs"
+    return f"ended by {given.pop(first)}, before {' and '.join(given.values())}"

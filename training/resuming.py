@@ -60,6 +60,10 @@ def find_start(options: TrainingOptions, output: OutputDir, accelerator: Acceler
         if options.resume_from_checkpoint:
             checkpoint = find_checkpoint(output.folder, options.resume_from_checkpoint, logger.warning)
             check_resumed_folder(output, checkpoint)
+            if options.resume_from_checkpoint != "latest" and not options.overwrite_output_dir:
+                check_nothing_is_later(output, checkpoint)
+            if not checkpoint:
+                logger.warning(f"--resume_from_checkpoint latest: {output} has no checkpoint; a new run begins")
     (checkpoint,) = broadcast_object_list([checkpoint])
     if not checkpoint:
         return Start(None, {})
@@ -80,6 +84,20 @@ def check_resumed_folder(output: OutputDir, checkpoint: Path | None) -> None:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: is of another run than the one in --output_dir {output}; choose "
             "an empty --output_dir, or go on with the run in this one by --resume_from_checkpoint latest"
+        )
+
+
+def check_nothing_is_later(output: OutputDir, checkpoint: Path) -> None:
+    """Refuse to go back to an earlier checkpoint of the run in the folder, as what is later would be lost.
+
+    Raises:
+        ValueError: naming the flag, and what there is.
+    """
+    newest = max(list_checkpoints(output.folder), default=(0, checkpoint))[1]
+    if not is_elsewhere(checkpoint, output) and checkpoint.resolve() != newest.resolve():
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: is earlier than {newest}, and the results of what came after it "
+            "would be lost; choose an empty --output_dir, or give --overwrite_output_dir too"
         )
 
 

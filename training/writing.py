@@ -30,7 +30,7 @@ def begin_writing(
     if state.accelerator.is_main_process:
         hub.create()
         output.remove_partial_saves()
-        if options.overwrite_output_dir:
+        if options.overwrite_output_dir and not start.checkpoint:
             output.delete_results()
         for path in discard_checkpoints_after(output, state.step):
             logger.warning(f"{path} is discarded: the run goes on from {start.checkpoint or 'the beginning'}")

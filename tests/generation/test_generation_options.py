@@ -39,7 +39,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
         ({"eta": 2, "sampler": "ddim"}, r"--eta 2.0: must be in \[0, 1\]"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
         ({"pipeline": "./nowhere"}, "--pipeline ./nowhere: no such folder"),
-        ({"pipeline": tempfile.gettempdir()}, "--pipeline .*/model_index.json: "),
+        ({"pipeline": "runs/nowhere"}, "--pipeline runs/nowhere: there is no such folder, and on the Hugging Face Hub"),
+        (
+            {"pipeline": tempfile.gettempdir()},
+            "--pipeline .*: is not the folder of a whole pipeline .*/model_index.json: ",
+        ),
         ({"guidance_scale": 2.0}, r"--guidance_scale 2\.0 needs a class-conditional model, .* is unconditional"),
         ({"class_labels": ["cat", 1]}, "--class_labels cat 1 needs a class-conditional model, .* is unconditional"),
         ({"class_labels": "balanced"}, "--class_labels balanced needs a class-conditional model"),
@@ -51,6 +55,14 @@ def test_bad_options_are_refused_before_weights_are_read(saved, tmp_path, monkey
         run(saved, tmp_path / "out", **options)
     assert re.search(match, f"{error.value} {capsys.readouterr().err}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_said_to_be_no_pipeline(tmp_path, capsys):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "checkpoint-7", tmp_path / "out")
+    assert "is a checkpoint of training" in f"{error.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_colour_image_after_a_grey_sample(tmp_path):
 
 def test_own_resolution_must_be_square(tmp_path):
     source = write_source("parquet", tmp_path, [encoded(np.zeros((4, 6), np.uint8))])
-    with pytest.raises(ValueError, match=r"6x4, not square: pass --resolution"):
+    with pytest.raises(ValueError, match=r"6x4, not square: give --resolution"):
         open_source(source, tmp_path)
     assert open_source(source, tmp_path, resolution=4)[0].shape == (1, 4, 4)
 

@@ -49,7 +49,9 @@ def score(tmp_path, cache_dir):
 
     def run(*flags):
         folder = tmp_path / f"scores-{next(numbers)}"
-        evaluate.main(["--output_dir", str(folder), "--cache_dir", cache_dir, "--device", "cpu", *map(str, flags)])
+        evaluate.main(
+            ["--output_dir", str(folder), "--features_cache_dir", cache_dir, "--device", "cpu", *map(str, flags)]
+        )
         return json.loads((folder / "metrics.json").read_text())
 
     return run

@@ -133,7 +133,7 @@ def score_points(points1, points2, cache_dir, *metrics):
     """Scores of two sets of points, lists of (r, g, b)."""
     images = [torch.tensor(points, dtype=torch.uint8)[:, :, None, None] for points in (points1, points2)]
     options = EvaluationOptions(
-        input1="a", input2="b", output_dir="c", metrics=list(metrics), cache_dir=cache_dir, device="cpu"
+        input1="a", input2="b", output_dir="c", metrics=list(metrics), features_cache_dir=cache_dir, device="cpu"
     )
     return calculate(*images, COLOURS, options)[0]
 
@@ -179,7 +179,9 @@ def distance(regnet, cifar10, cache_dir, tmp_path_factory):
     def run(images):
         flags = ["--input1", save_npz(images, folder / "images.npz"), "--feature_extractor", regnet]
         flags += ["--input2", str(cifar10), "--split2", "train[:2000]", "--metrics", "fid", "--device", "cpu"]
-        evaluate.main([*flags, "--output_dir", str(folder), "--overwrite_output_dir", "--cache_dir", cache_dir])
+        evaluate.main(
+            [*flags, "--output_dir", str(folder), "--overwrite_output_dir", "--features_cache_dir", cache_dir]
+        )
         return json.loads((folder / "metrics.json").read_text())["values"]["fd"]
 
     return run

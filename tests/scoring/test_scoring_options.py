@@ -64,7 +64,7 @@ def test_options_that_are_not_allowed(flags, message, capsys):
         ("--feature_extractor x --feature_extractor_weights y", "only for inception; x has its own"),
         ("--output_dir {done}", "has a metrics.json: --overwrite_output_dir replaces it"),
         ("--output_dir {images}", "--output_dir {images} is a file, not a folder"),
-        ("--cache_dir {images}", "--cache_dir {images} is a file, not a folder"),
+        ("--features_cache_dir {images}", "--features_cache_dir {images} is a file, not a folder"),
     ],
 )
 def test_one_line_says_what_is_wrong_before_anything_takes_long(flags, message, errors_folder, monkeypatch):
@@ -122,7 +122,7 @@ def test_an_old_result_is_replaced_only_on_request(tmp_path, cache_dir):
     model = save_model(transformers.ViTModel(tiny_vit()), tmp_path / "vit")
     save_npz(noise(20), tmp_path / "images.npz")
     flags = ["--input1", str(tmp_path / "images.npz"), "--input2", str(tmp_path / "images.npz"), "--metrics", "prc"]
-    flags += ["--feature_extractor", model, "--output_dir", str(tmp_path / "out"), "--cache_dir", cache_dir]
+    flags += ["--feature_extractor", model, "--output_dir", str(tmp_path / "out"), "--features_cache_dir", cache_dir]
     evaluate.main(flags)
     with pytest.raises(SystemExit, match="--overwrite_output_dir replaces it"):
         evaluate.main(flags)
