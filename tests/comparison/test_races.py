@@ -17,6 +17,7 @@ every_race = pytest.mark.parametrize("path", RACES, ids=lambda path: f"{path.par
 RACED = {
     "ablation": ["cifar10_16x16", "digits_dit"],
     "learning_rate": ["cifar10_16x16", "cifar10_dit", "cifar10_latents", "digits_dit"],
+    "long": ["cifar10_16x16"],
     "methods": ["cifar10_16x16", "digits_dit"],
     "strongest": [
         "cifar10",
@@ -65,10 +66,10 @@ def test_no_two_races_share_a_folder():
 
 
 def test_a_recipe_takes_back_the_images_that_it_inherits_by_null(tmp_path):
-    inherited = CONFIGS / "races" / "strongest" / "cifar10_dit.yaml"
+    inherited = CONFIGS / "races" / "strongest" / "cifar10_16x16_1m.yaml"
     path = tmp_path / "in_time.yaml"
     path.write_text(f"inherits: {inherited}\ncompare:\n  score_at_images: null\n")
-    assert set(planned("strongest", "cifar10_dit")[0].ladders) == {"seconds", "images"}
+    assert set(planned("strongest", "cifar10_16x16_1m")[0].ladders) == {"seconds", "images"}
     assert set(read_command_line(["--config", str(path)])[0].ladders) == {"seconds"}
 
 

@@ -387,7 +387,7 @@ def other_folders():
     yield Bad(TRAIN, [resume, "latest"], out, {"out/notes.txt": b"mine"}, output=(None, []))
     for path in ("{plain}", "{png}", "{plain}/unet", "{plain}/checkpoint-24/model.safetensors", "{world}", "", "/"):
         yield Bad(TRAIN, [resume, path], (resume[2:],))
-    yield Bad(TRAIN, [resume, "{plain}/checkpoint-24", "--overwrite_output_dir"], (resume[2:], "overwrite_output_dir"))
+    yield Bad(TRAIN, [resume, "latest", "--overwrite_output_dir"], (resume[2:], "overwrite_output_dir"))
     checkpoint = [resume, "{plain}/checkpoint-24"]
     for flags in (
         ["--ddpm_num_steps", "30"],
