@@ -167,6 +167,12 @@ def test_a_run_can_be_made_longer(train, never_stopped):
     assert resumed.metrics == never_stopped.metrics
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [24]), (0, [6, 12, 18, 24])])
+def test_so_many_checkpoints_are_kept_and_by_0_all(train, limit, kept):
+    run = train("run", "--checkpoints_total_limit", limit).wait()
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in kept}
+
+
 def test_latest_without_a_checkpoint_starts_a_run(train, never_stopped):
     run = train("run", "--resume_from_checkpoint", "latest").wait()
     assert "has no checkpoint; a new run begins" in run.output

@@ -22,7 +22,7 @@ def save_checkpoint(
     output: OutputDir,
     step: int,
     process_state: dict[str, Any],
-    total_limit: int | None = None,
+    total_limit: int = 0,
 ) -> None:
     """Write `checkpoint-{step}` into the output folder: under a temporary name first, renamed when whole.
 
@@ -30,7 +30,7 @@ def save_checkpoint(
         accelerator: saves what was prepared with it or registered for checkpointing, and random states.
         output: the run's `OutputDir`, on a file system that all processes share.
         process_state: what this process alone knows; `read_process_state` returns it.
-        total_limit: checkpoints to keep; older ones are deleted after the new one is in place.
+        total_limit: checkpoints to keep; older ones are deleted after the new one is in place. 0 for all.
     """
     final = output.folder / f"checkpoint-{step}"
     if not (final / MANIFEST).exists():  # as it does at the end of a run, whose last step had one

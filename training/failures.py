@@ -23,7 +23,7 @@ def last_good_checkpoint(output: OutputDir) -> Iterator[None]:
 
 
 @contextmanager
-def checkpoint_if_data_fails(state: TrainingState, output: OutputDir, total_limit: int | None) -> Iterator[None]:
+def checkpoint_if_data_fails(state: TrainingState, output: OutputDir, total_limit: int) -> Iterator[None]:
     """Save the state where images that were there when the run began cannot be read any more.
 
     Of several processes none does: the others wait for this one in the next update."""

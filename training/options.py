@@ -48,7 +48,7 @@ RANGES = {
     "save_images_epochs": "[1, 2**53]",
     "save_model_epochs": "[1, 2**53]",
     "checkpointing_steps": "[0, 2**53]",
-    "checkpoints_total_limit": "[1, 2**53]",
+    "checkpoints_total_limit": "[0, 2**53]",
 }
 
 
@@ -293,7 +293,7 @@ class CheckpointOptions:
         default=None, help="Epochs between two saves of the pipeline; default: at the end alone."
     )
     checkpointing_steps: int = HfArg(default=2000, help="Updates between two checkpoints; 0: none but on a signal.")
-    checkpoints_total_limit: int | None = HfArg(default=2, help="Checkpoints kept; the oldest are deleted.")
+    checkpoints_total_limit: int = HfArg(default=2, help="Checkpoints kept, the oldest are deleted; 0: all.")
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="'latest', or a checkpoint's path; what is later goes by --overwrite_output_dir."
     )

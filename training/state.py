@@ -61,7 +61,7 @@ class TrainingState:
         self.step += 1
         self.images += self.images_per_step
 
-    def save(self, output: OutputDir, total_limit: int | None = None) -> None:
+    def save(self, output: OutputDir, total_limit: int = 0) -> None:
         """Write `checkpoint-{step}`. All processes must call it.
 
         Args:
