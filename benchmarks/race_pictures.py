@@ -29,9 +29,10 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 COLUMNS = 3
 RACES = {
     "race_cifar10_unet": "CIFAR-10, U-Net",
+    "race_cifar10_dit": "CIFAR-10, transformer",
+    "race_cifar10_latents": "CIFAR-10 in latents, transformer",
     "race_digits_dit": "digits, transformer",
-    "race_flow_cifar10_unet": "CIFAR-10, U-Net, flow",
-    "race_flow_digits_dit": "digits, transformer, flow",
+    "race_long_cifar10_unet": "CIFAR-10, U-Net, ten times as long",
 }
 
 

@@ -51,6 +51,8 @@ DOCUMENTS = sorted(
 GUIDES = [file for file in DOCUMENTS if "results" not in file.parts]  # records quote commands of their day
 RACES = {  # the columns of the README's table
     "race_cifar10_unet": ("FD at 60 s", "FD at 120 s", "FD by DDIM at 120 s"),
+    "race_cifar10_dit": ("FD at 120 s",),
+    "race_cifar10_latents": ("FD at 150 s",),
     "race_digits_dit": ("FD at 32 s", "FD at 64 s"),
 }
 OTHER_RACES = (
