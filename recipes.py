@@ -137,7 +137,7 @@ def option_parser(options_class: type) -> HfArgumentParser:
         allow_abbrev=False,
         formatter_class=HelpFormatter,
         description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0],
-        epilog="Options may also be given as in a recipe: seed=1",
+        epilog="Options may also be given as in a recipe: output_dir=runs/mine",
     )
     if any(action.type is JsonDict for action in parser._actions):
         parser.epilog += "; and single keys of those that are JSON: unet.dropout=0.2"
@@ -347,7 +347,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     whose name is nearest; nothing where none is near."""
     names = list(names)
     holding = [other for other in names if f"_{name}_" in f"_{other}_"]
-    close = difflib.get_close_matches(name, holding, 3, cutoff=0) or difflib.get_close_matches(name, names, 1)
+    close = difflib.get_close_matches(name, holding if len(name) > 2 else [], 3, cutoff=0) or difflib.get_close_matches(
+        name, names, 1
+    )
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""The picture of docs/results.md: FD against time in every race, a panel a race, ours and the best rival in colour.
+"""The picture of docs/results.md: FD against time or images, a panel a race, ours and the best rival in colour.
 
     python benchmarks/race_pictures.py
 
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comparison.plots import LABELS, LINES, is_ours, scale_axes
-from comparison.summary import Curve, summarise
+from comparison.summary import Curve, rank, summarise
 
 matplotlib.use("agg")
 
@@ -55,8 +55,8 @@ def draw(races: dict[str, dict[str, Any]]) -> Figure:
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(13, 3.8 * rows), squeeze=False, layout="constrained")
     for axis, (title, results) in zip(axes.flat, races.items(), strict=False):
         kind = next(iter(results["settings"]["ladders"]))  # time, where there is one of time
-        curves = {name: summary["curves"][kind] for name, summary in summarise(results).items()}
-        draw_race(axis, curves)
+        entrants = sorted(summarise(results).items(), key=lambda item: rank(item[1], kind))
+        draw_race(axis, {name: summary["curves"][kind] for name, summary in entrants})
         axis.set(title=title, xlabel=LABELS[kind], ylabel=results["score"].upper())
     for axis in axes.flat[len(races) :]:
         axis.set_axis_off()
@@ -64,10 +64,9 @@ def draw(races: dict[str, dict[str, Any]]) -> Figure:
 
 
 def draw_race(axis: Axes, curves: dict[str, Curve]) -> None:
-    """Scores along a ladder: ours in black, the rival that is best at its end in colour, the others grey."""
+    """Scores along a ladder of {entrant: curve}, best first: ours in black, the best rival in colour, others grey."""
+    best_rival = next((name for name in curves if not is_ours(name)), None)
     stops = max((curve.stops for curve in curves.values()), key=len)
-    finished = [name for name, curve in curves.items() if curve.stops == stops]
-    best_rival = min((name for name in finished if not is_ours(name)), key=lambda name: curves[name].means[-1])
     lines = cycle(LINES)
     for name, curve in sorted(curves.items()):
         if is_ours(name):

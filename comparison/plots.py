@@ -17,8 +17,9 @@ from samplers import METHODS
 matplotlib.use("agg")
 
 COLOURS = plt.get_cmap("tab20").colors
-LINES = ["-", "--", ":"]
-STYLES = cycler(linestyle=LINES) * cycler(color=COLOURS)
+LINES = ["-", "--", ":", "-."]
+STYLES = cycler(linestyle=LINES[:3]) * cycler(color=COLOURS)
+OURS = cycler(color=["black", "0.45"], linewidth=[2.5, 1.8]) * cycler(linestyle=LINES)
 RIVALS = tuple(METHODS.keys() - {"adaptive"})  # adaptive_log_snr is one
 SHOWN = 10  # of more entrants, so many of the best are told apart, and these
 ALWAYS_SHOWN = ("adaptive", "ddpm")
@@ -96,15 +97,16 @@ def is_ours(name: str) -> bool:
 
 def looks(entrants: dict[str, Summary]) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """{name: (what the legend calls it, how its lines look)}, the same in all plots; our own method stands out. Of many
-    entrants the best are told apart, by their last mean score, and the others are grey."""
+    entrants the best and the best of ours are told apart, by their last mean score, and the others are grey."""
     grey = {"color": "0.8", "linewidth": 1, "zorder": 1}
-    ours = ({"color": "black", "linewidth": 2.5, "zorder": 3, "linestyle": line} for line in cycle(LINES))
+    ours = iter(cycle(OURS))
 
     def last_score(name):
         return min((curve.means[-1] for curve in entrants[name]["curves"].values() if curve.means), default=math.inf)
 
     ranked = sorted(entrants, key=last_score)
-    shown = {*ranked[:SHOWN], *ALWAYS_SHOWN} if len(ranked) > 2 * SHOWN else entrants
+    best_of_ours = next(filter(is_ours, ranked), None)
+    shown = {*ranked[:SHOWN], *ALWAYS_SHOWN, best_of_ours} if len(ranked) > 2 * SHOWN else entrants
     others = [name for name in entrants if name not in shown]
     labels = dict.fromkeys(others) | dict.fromkeys(others[:1], "others")  # once in the legend
     styles = iter(cycle(STYLES))

@@ -131,8 +131,8 @@ def why_unreadable(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder, and on the Hugging Face Hub it cannot be read"
     if (folder / "manifest.json").exists():
-        return "is a checkpoint of training; the pipeline is in the folder above it"
-    return "is not the folder of a whole pipeline"
+        return "is a checkpoint of training; the pipeline is saved in the folder above it, at the end"
+    return "is not the folder of a whole pipeline, or cannot be read"
 
 
 def read_options(argv: Sequence[str] | None, device: torch.device) -> tuple[GenerationOptions, ImageLabels | None]:

@@ -64,7 +64,9 @@ class ImageOptions:
     image_mode: Literal["RGB", "L"] = HfArg(default="RGB", help="L makes all images grey first.")
     on_bad_image: Literal["error", "skip"] = HfArg(default="error", help="What to do about an unreadable image.")
     cache_dir: str | None = HfArg(
-        default=None, aliases=["--dataset_cache_dir"], help="Where downloaded data sets are kept."
+        default=None,
+        aliases=["--dataset_cache_dir", "--dataset-cache-dir"],
+        help="Where downloaded data sets are kept.",
     )
 
 

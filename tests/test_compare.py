@@ -296,11 +296,12 @@ def test_of_many_entrants_the_best_and_our_own_are_told_apart():
 
 
 def test_our_own_stand_out_by_whatever_output_and_learning_rate():
-    names = ["adaptive", "adaptive_v", "adaptive_0.001", "adaptive_log_snr", "ddpm_0.001"]
+    ours = ["adaptive", "adaptive_v", *(f"adaptive_v_{rate}" for rate in range(6))]
+    names = [*ours, "adaptive_log_snr", "ddpm_0.001"]
     entrants = {name: {"curves": {"seconds": Curve([1.0], [1.0], [None], [(1, 1)], {})}} for name in names}
     styles = {name: style for name, (_, style) in comparison.plots.looks(entrants).items()}
-    assert [name for name in names if styles[name]["color"] == "black"] == names[:3]
-    assert len({styles[name]["linestyle"] for name in names[:3]}) == 3
+    assert [name for name in names if styles[name]["color"] in ("black", "0.45")] == ours
+    assert len({(styles[name]["color"], styles[name]["linestyle"]) for name in ours}) == len(ours)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ BAD_FLAGS = [
     (["--prediction_type", "magic"], ["--prediction_type", "v_prediction"]),
     (["--ddpm_beta_schedule", "cosine"], ["--ddpm_beta_schedule", "cosine", "squaredcos_cap_v2"]),
     (["--batch_size", "8"], ["--batch_size", "'eval_batch_size' or 'train_batch_size'"]),
-    (["--lr", "1"], ["--lr;", "'lr_scheduler' or 'lr_warmup_steps'"]),
+    (["--lr", "1"], ["unrecognized arguments: --lr"]),
+    (["--resume_from_checkpoint", ""], ["--resume_from_checkpoint ''", "must not be empty"]),
     (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
     (["--ddpm_num_steps", "1"], ["--ddpm_num_steps 1", "[2, 10**6]"]),
     (["--ddpm_num_inference_steps", "2000"], ["--ddpm_num_inference_steps 2000", "1000"]),
@@ -105,9 +106,21 @@ def test_that_a_command_without_a_recipe_has_that_of_the_digits_is_said(capsys):
     [
         ({"max_train_steps": 9}, "steps", 9, None),
         ({"max_train_steps": 9, "num_epochs": 2}, "signal", 3, None),
-        ({"max_train_seconds": 6, "num_epochs": 2}, "seconds", 3, "--max_train_seconds 6, before --num_epochs 2"),
-        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 9, "--max_train_steps 9, before --num_epochs 2"),
-        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 7, "--num_epochs 2, before --max_train_steps 9"),
+        ({"max_train_seconds": 6, "num_epochs": 2}, "seconds", 3, "--max_train_seconds 6; given too: --num_epochs 2"),
+        (
+            {"max_train_seconds": 6, "max_train_steps": 9},
+            "steps",
+            12,
+            "--max_train_steps 9; given too: --max_train_seconds 6",
+        ),
+        (
+            {"max_train_seconds": 6, "max_train_steps": 10**6},
+            "seconds",
+            9,
+            "--max_train_seconds 6; given too: --max_train_steps 1,000,000",
+        ),
+        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 9, "--max_train_steps 9; given too: --num_epochs 2"),
+        ({"max_train_steps": 9, "num_epochs": 2}, "steps", 7, "--num_epochs 2; given too: --max_train_steps 9"),
     ],
 )
 def test_which_of_several_budgets_came_first_is_said(budgets, reason, steps, line):

@@ -184,7 +184,8 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, neve
     flags = ("--resume_from_checkpoint", "checkpoint-18", "--learning_rate", 1e-4)
     before = contents(tmp_path / "run")
     refused = train("run", *flags).wait(1)
-    assert "checkpoint-18: is earlier than" in refused.output.splitlines()[-1]
+    assert "checkpoint-18: is of step 18, and the run" in refused.output.splitlines()[-1]
+    assert "has come to step 24" in refused.output.splitlines()[-1]
     assert "--overwrite_output_dir" in refused.output.splitlines()[-1]
     assert contents(refused.folder) == before
     back = train("run", *flags, "--overwrite_output_dir").wait()
@@ -193,6 +194,15 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(train, neve
     assert [r["lr"] for r in back.metrics] == [1e-3] * 4 + [1e-4] * 2
     new, old = (load_file(run.folder / "checkpoint-24" / "model.safetensors") for run in (back, never_stopped))
     assert not torch.equal(new["conv_in.weight"], old["conv_in.weight"])
+
+
+def test_the_end_of_a_run_without_a_checkpoint_there_is_not_lost_either(train, never_stopped, tmp_path):
+    shutil.copytree(never_stopped.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-24")
+    flags = ("--resume_from_checkpoint", "checkpoint-18")
+    refused = train("run", *flags).wait(1)
+    assert "has come to step 24" in refused.output.splitlines()[-1]
+    train("run", *flags, "--dry_run").wait(0)  # which loses nothing
 
 
 def test_another_runs_checkpoint_can_be_gone_on_from(train, never_stopped, tmp_path):

@@ -62,7 +62,9 @@ class RunOptions:
         default=None, help="A recipe (YAML); flags override it; of digits, default: configs/digits.yaml. See configs/."
     )
     output_dir: str = HfArg(default="ddpm-model", help="Where the pipeline, samples, logs and checkpoints go.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Delete the results of an earlier run in --output_dir.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Delete what an earlier run left in --output_dir; on resuming, what is later."
+    )
     seed: int = HfArg(default=0, help="Of initial weights, data order, noise and timesteps.")
     dry_run: bool = HfArg(
         default=False, help="Prepare all, time three steps, say what would be trained, and leave the folder as it was."
@@ -162,7 +164,7 @@ class MethodOptions:
     error_filter: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(ERROR_FILTERS)}.")
     noise_coupling: str | None = HfArg(default=None, help=f"Replaces the method's: {', '.join(NOISE_COUPLINGS)}.")
     timestep_sampler_options: JsonDict = field(
-        default_factory=JsonDict, metadata={"help": 'Those of sampler and noise coupling, JSON: {"k": 2} of speed.'}
+        default_factory=JsonDict, metadata={"help": 'Arguments of sampler and noise coupling, JSON: {"k": 2} of speed.'}
     )
     loss_weighting_options: JsonDict = field(
         default_factory=JsonDict, metadata={"help": 'Those of the weighting, JSON: {"gamma": 1} of min_snr.'}
@@ -343,8 +345,8 @@ class TrainingOptions(
         for name, registry in PARTS.items():
             if getattr(self, name) is not None and getattr(self, name) not in registry:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(registry)}")
-        for name in ("output_dir", "dataset_name"):
-            if not getattr(self, name).strip():
+        for name in ("output_dir", "dataset_name", "resume_from_checkpoint"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"--{name} {getattr(self, name)!r}: must not be empty")
         check_logging_dir(self.logging_dir)
         check_model(self)

@@ -174,19 +174,19 @@ def print_summary(options: TrainingOptions, summary: dict[str, Any]) -> None:
         print(ended_by)
     print(f"{loading_call(options, options.output_dir)[1]} loads the result")
     if summary["stopped_by"] == "signal":
-        print("stopped by a signal; the same command with --resume_from_checkpoint latest goes on")
+        without = " in place of --overwrite_output_dir" if options.overwrite_output_dir else ""
+        print(f"stopped by a signal; the same command with --resume_from_checkpoint latest{without} goes on")
     elif options.eval_batch_size:
         print(f"samples: {options.output_dir}/samples/final.png")
 
 
 def first_of_budgets(options: BudgetOptions, summary: dict[str, Any]) -> str | None:
-    """Which of several budgets has ended a run, before which others; None of one budget, and of a signal."""
+    """Which of several budgets has ended a run, of those of its last start; None of one budget, and of a signal."""
+    reason, steps = summary["stopped_by"], options.max_train_steps
     budgets = ("max_train_seconds", "max_train_steps", "num_epochs")
-    given = {name: f"--{name} {value:g}" for name in budgets if (value := getattr(options, name))}
-    if len(given) < 2 or summary["stopped_by"] == "signal":
+    given = {name: f"--{name} {value:,.10g}" for name in budgets if (value := getattr(options, name))}
+    by_steps = "max_train_steps" if steps and summary["steps"] >= steps else "num_epochs"
+    first = {"seconds": "max_train_seconds", "steps": by_steps}.get(reason)
+    if len(given) < 2 or first not in given:
         return None
-    if summary["stopped_by"] == "seconds":
-        first = "max_train_seconds"
-    else:
-        first = "max_train_steps" if summary["steps"] == options.max_train_steps else "num_epochs"
-    return f"ended by {given.pop(first)}, before {' and '.join(given.values())}"
+    return f"ended by {given.pop(first)}; given too: {', '.join(given.values())}"

@@ -12,7 +12,7 @@ from pipelines import is_transformer, null_label
 from pipelines.checks import without_private
 from recipes import changed_options
 
-from .checkpoints import find_checkpoint, list_checkpoints, read_process_state
+from .checkpoints import checkpoint_damage, find_checkpoint, list_checkpoints, read_process_state
 from .folder_lock import LOCK_FILE
 from .network import network_config, network_on_meta
 from .options import ClassOptions, ModelOptions, TrainingOptions
@@ -54,15 +54,15 @@ def find_start(options: TrainingOptions, output: OutputDir, accelerator: Acceler
             check_output_dir(
                 output,
                 resume=bool(options.resume_from_checkpoint),
-                overwrite=options.overwrite_output_dir,
+                overwrite=options.overwrite_output_dir and not options.resume_from_checkpoint,  # then, later ones alone
                 checkpoints=bool(list_checkpoints(output.folder)),
             )
         if options.resume_from_checkpoint:
             checkpoint = find_checkpoint(output.folder, options.resume_from_checkpoint, logger.warning)
             check_resumed_folder(output, checkpoint)
-            if options.resume_from_checkpoint != "latest" and not options.overwrite_output_dir:
+            if options.resume_from_checkpoint != "latest" and not (options.overwrite_output_dir or options.dry_run):
                 check_nothing_is_later(output, checkpoint)
-            if not checkpoint:
+            if not checkpoint and not options.dry_run:
                 logger.warning(f"--resume_from_checkpoint latest: {output} has no checkpoint; a new run begins")
     (checkpoint,) = broadcast_object_list([checkpoint])
     if not checkpoint:
@@ -88,16 +88,24 @@ def check_resumed_folder(output: OutputDir, checkpoint: Path | None) -> None:
 
 
 def check_nothing_is_later(output: OutputDir, checkpoint: Path) -> None:
-    """Refuse to go back to an earlier checkpoint of the run in the folder, as what is later would be lost.
+    """Refuse to go back to an earlier step than the run in the folder has come to, as what is later would be lost.
+    Damaged checkpoints are lost already.
 
     Raises:
-        ValueError: naming the flag, and what there is.
+        ValueError: naming the flag, and how far the run has come.
     """
-    newest = max(list_checkpoints(output.folder), default=(0, checkpoint))[1]
-    if not is_elsewhere(checkpoint, output) and checkpoint.resolve() != newest.resolve():
+    if is_elsewhere(checkpoint, output):
+        return
+    intact = [step for step, path in list_checkpoints(output.folder) if not checkpoint_damage(path)]
+    try:
+        finished = read_json(output.folder / SUMMARY_FILE).get("steps", 0)
+    except ValueError:  # there is none, or it is damaged
+        finished = 0
+    step, farthest = read_process_state(checkpoint, 0).get("step", 0), max([finished, *intact])
+    if step < farthest:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: is earlier than {newest}, and the results of what came after it "
-            "would be lost; choose an empty --output_dir, or give --overwrite_output_dir too"
+            f"--resume_from_checkpoint {checkpoint}: is of step {step}, and the run in --output_dir {output} has come "
+            f"to step {farthest}, which would be lost; choose an empty --output_dir, or give --overwrite_output_dir too"
         )
 
 

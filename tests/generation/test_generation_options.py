@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
         ({"pipeline": "runs/nowhere"}, "--pipeline runs/nowhere: there is no such folder, and on the Hugging Face Hub"),
         (
             {"pipeline": tempfile.gettempdir()},
-            "--pipeline .*: is not the folder of a whole pipeline .*/model_index.json: ",
+            "--pipeline .*: is not the folder of a whole pipeline, .*/model_index.json: ",
         ),
         ({"guidance_scale": 2.0}, r"--guidance_scale 2\.0 needs a class-conditional model, .* is unconditional"),
         ({"class_labels": ["cat", 1]}, "--class_labels cat 1 needs a class-conditional model, .* is unconditional"),
