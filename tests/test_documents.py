@@ -56,6 +56,7 @@ RACES = {  # the columns of the README's table
     "race_digits_dit": ("FD at 32 s", "FD at 64 s"),
 }
 OTHER_RACES = (
+    "race_long_cifar10_unet",
     "race_three_tenths_cifar10_unet",
     "race_three_tenths_digits_dit",
     "race_strongest_cifar10_16x16",
