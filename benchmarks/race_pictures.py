@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from comparison.plots import LABELS, LINES, is_ours, scale_axes
+from comparison.plots import LABELS, LINES, draw_curve, is_ours, scale_axes, stops_of
 from comparison.summary import Curve, rank, summarise
 
 matplotlib.use("agg")
@@ -55,8 +55,10 @@ def draw(races: dict[str, dict[str, Any]]) -> Figure:
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(13, 3.8 * rows), squeeze=False, layout="constrained")
     for axis, (title, results) in zip(axes.flat, races.items(), strict=False):
         kind = next(iter(results["settings"]["ladders"]))  # time, where there is one of time
-        entrants = sorted(summarise(results).items(), key=lambda item: rank(item[1], kind))
-        draw_race(axis, {name: summary["curves"][kind] for name, summary in entrants})
+        entrants = summarise(results)
+        ranked = sorted(entrants.items(), key=lambda item: rank(item[1], kind))
+        draw_race(axis, {name: summary["curves"][kind] for name, summary in ranked})
+        scale_axes(axis, stops_of(entrants, kind))
         axis.set(title=title, xlabel=LABELS[kind], ylabel=results["score"].upper())
     for axis in axes.flat[len(races) :]:
         axis.set_axis_off()
@@ -66,7 +68,6 @@ def draw(races: dict[str, dict[str, Any]]) -> Figure:
 def draw_race(axis: Axes, curves: dict[str, Curve]) -> None:
     """Scores along a ladder of {entrant: curve}, best first: ours in black, the best rival in colour, others grey."""
     best_rival = next((name for name in curves if not is_ours(name)), None)
-    stops = max((curve.stops for curve in curves.values()), key=len)
     lines = cycle(LINES)
     for name, curve in sorted(curves.items()):
         if is_ours(name):
@@ -75,9 +76,7 @@ def draw_race(axis: Axes, curves: dict[str, Curve]) -> None:
             style = {"color": "tab:orange", "linewidth": 2, "zorder": 2, "label": name}
         else:
             style = {"color": "0.75", "linewidth": 1, "zorder": 1}
-        errors = [deviation or 0 for deviation in curve.spreads]
-        axis.errorbar(curve.stops, curve.means, errors, marker="o", markersize=4, capsize=3, **style)
-    scale_axes(axis, stops)
+        draw_curve(axis, curve, markersize=4, **style)
     axis.legend(fontsize="small")
 
 

@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, NullLocator
 
-from comparison.summary import Summary, stop_text
+from comparison.summary import Curve, Summary, stop_text
 from samplers import METHODS
 
 matplotlib.use("agg")
@@ -45,8 +45,7 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
     for axis, kind in zip(axes.flat, kinds, strict=True):
         for name, (label, style) in looks(entrants).items():
             curve, label = entrants[name]["curves"][kind], label if kind == kinds[0] else None  # once in the legend
-            errors = [deviation or 0 for deviation in curve.spreads]
-            axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, label=label, **style)
+            draw_curve(axis, curve, label=label, **style)
         axis.set(xlabel=LABELS[kind])
         if stops := stops_of(entrants, kind):  # else all runs failed
             scale_axes(axis, stops)
@@ -54,6 +53,12 @@ def plot_scores(score: str, entrants: dict[str, Summary], path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_curve(axis: Axes, curve: Curve, **style: Any) -> None:
+    """Scores along a ladder, with their spread over seeds."""
+    errors = [deviation or 0 for deviation in curve.spreads]
+    axis.errorbar(curve.stops, curve.means, errors, marker="o", capsize=3, **style)
 
 
 def scale_axes(axis: Axes, stops: list[float]) -> None:

@@ -96,17 +96,24 @@ def check_nothing_is_later(output: OutputDir, checkpoint: Path) -> None:
     """
     if is_elsewhere(checkpoint, output):
         return
-    intact = [step for step, path in list_checkpoints(output.folder) if not checkpoint_damage(path)]
-    try:
-        finished = read_json(output.folder / SUMMARY_FILE).get("steps", 0)
-    except ValueError:  # there is none, or it is damaged
-        finished = 0
-    step, farthest = read_process_state(checkpoint, 0).get("step", 0), max([finished, *intact])
+    step = read_process_state(checkpoint, 0)["step"]
+    later = [
+        number for number, path in list_checkpoints(output.folder) if number > step and not checkpoint_damage(path)
+    ]
+    farthest = max([read_summary(output).get("steps", 0), *later])
     if step < farthest:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: is of step {step}, and the run in --output_dir {output} has come "
             f"to step {farthest}, which would be lost; choose an empty --output_dir, or give --overwrite_output_dir too"
         )
+
+
+def read_summary(output: OutputDir) -> dict[str, Any]:
+    """The summary of the run in the folder; {} where there is none, or it is damaged."""
+    try:
+        return read_json(output.folder / SUMMARY_FILE)
+    except ValueError:
+        return {}
 
 
 def is_elsewhere(checkpoint: Path, output: OutputDir) -> bool:
@@ -125,10 +132,7 @@ def spent_budget(options: TrainingOptions, output: OutputDir, start: Start, max_
     """
     if not start.checkpoint or options.push_to_hub or options.dry_run:
         return None
-    try:
-        summary = read_json(output.folder / SUMMARY_FILE)
-    except ValueError:  # there is none, or it is damaged
-        return None
+    summary = read_summary(output)
     if summary.get("steps") != start.step or summary.get("stopped_by") == "signal":
         return None
     seconds = summary["seconds"].get("train", 0.0)
